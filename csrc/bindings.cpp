@@ -1,0 +1,51 @@
+// The Python module mixout_kernels._C.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include <ATen/Parallel.h>
+
+#include "cpu/mixout.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Read out of the file by _extension.py, which must know the version also when the library cannot be loaded.
+[[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for torch " TORCH_VERSION;
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+#ifdef _OPENMP
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = 0;
+#endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  info["cpu_levels"] = std::vector<std::string>{"x86-64-v4", "x86-64-v3", "baseline"};
+  __builtin_cpu_init();
+  info["cpu_level_used"] = __builtin_cpu_supports("x86-64-v4") ? "x86-64-v4"
+      : __builtin_cpu_supports("x86-64-v3")                      ? "x86-64-v3"
+                                                                  : "baseline";
+#else
+  info["cpu_levels"] = std::vector<std::string>{"baseline"};
+  info["cpu_level_used"] = "baseline";
+#endif
+  info["cuda"] = py::none();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using namespace mixout;
+  const auto release_gil = py::call_guard<py::gil_scoped_release>();
+  module.doc() = "Compiled kernels of mixout_kernels; the Python side is mixout_kernels/backends/cpu.py.";
+  module.def("build_info", &build_info, "What this extension was built for.");
+  module.def("cpu_keep_mask", &cpu::keep_mask, release_gil);
+  module.def("cpu_mixout", &cpu::mixout, release_gil);
+  module.def("cpu_mix_linear", &cpu::mix_linear, release_gil);
+  module.def("cpu_mix_linear_backward", &cpu::mix_linear_backward, release_gil);
+}

@@ -1,0 +1,55 @@
+// The CPU loops: single-threaded, over raw pointers, vectorised by the compiler once for each instruction-set level
+// and chosen at load time (MIXOUT_CLONES in kernels.cpp). Threads and tensors are the business of the callers.
+#pragma once
+
+#include <cstdint>
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+namespace mixout::cpu {
+
+// Half-precision values are mixed in float32 and rounded once.
+template <typename T>
+struct arithmetic {
+  using type = float;
+};
+template <>
+struct arithmetic<double> {
+  using type = double;
+};
+template <typename T>
+using arithmetic_t = typename arithmetic<T>::type;
+
+// words[j] = word(seed, first + j * stride), j < n.
+void mask_words(uint64_t seed, uint64_t first, uint64_t stride, int64_t n, uint32_t* words);
+
+// The columns j < n with word(seed, j) >= threshold, ascending; returns how many. `columns` has room for n + 1.
+int64_t kept_columns(uint64_t seed, uint32_t threshold, int64_t n, int64_t* columns);
+
+// out[i] = mix(words[i] >= threshold, w[i], u[i], scale) for i < n. u = nullptr is zero; out may be w.
+template <typename W, typename U, typename O>
+void mix_by_words(
+    const W* w, const U* u, O* out, const uint32_t* words, uint32_t threshold, arithmetic_t<W> scale, int64_t n);
+
+// The same for a run of n elements that one word decides.
+template <typename W, typename U, typename O>
+void mix_run(const W* w, const U* u, O* out, bool keep, arithmetic_t<W> scale, int64_t n);
+
+// out[r, c] = scale * x[r, columns[c]] for c < n, zero for n <= c < width. Row strides: ldx, width.
+template <typename T, typename O>
+void gather_columns(
+    const T* x, int64_t ldx, O* out, int64_t width, const int64_t* columns, int64_t n, arithmetic_t<T> scale,
+    int64_t rows);
+
+// dx[r, columns[c]] = compact[r, c] for c < n, every other entry of dx zero. Row strides: n, width.
+template <typename T>
+void scatter_columns(const T* compact, T* dx, int64_t width, const int64_t* columns, int64_t n, int64_t rows);
+
+// dw[r, columns[c]] = scale * compact[c, r] for c < n, every other entry of dw zero. Row strides: ldc, width.
+template <typename T, typename W>
+void scatter_columns_transposed(
+    const T* compact, int64_t ldc, W* dw, int64_t width, const int64_t* columns, int64_t n, arithmetic_t<T> scale,
+    int64_t rows);
+
+}  // namespace mixout::cpu

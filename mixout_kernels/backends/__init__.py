@@ -1,0 +1,75 @@
+"""The kernels, one module per backend, imported on first use. They never import one another.
+
+Every backend module has the same names, called with checked arguments:
+
+    SCHEDULES                                             what it can be asked for, of "fused" and "staged"
+    unavailable_reason()                                  None, or one sentence: why it cannot run here, and the cure
+    unsupported_reason(device, weight, target, compute)   None, or one sentence: what of these dtypes it cannot do
+    keep_mask(seed, p, shape, mask)                                                                  -> bool tensor
+    mixout(weight, target, seed, p, scale, mask)                                                     -> Phi
+    mix_linear(input, weight, target, bias, seed, p, mask, saved_columns, schedule)                  -> y, x[:, kept]
+    mix_linear_backward(grad, saved_input, weight, target, seed, p, scale, mask, needs, schedule)    -> dx, dw, db
+
+``saved_columns`` is the width of the returned x[:, kept]: None means exactly the kept columns, a number a fixed
+capacity whose unused columns are zero, 0 that nothing is kept for backward. ``scale`` in ``mixout`` is the factor of
+w - u in a kept entry, in ``mix_linear_backward`` the factor of a kept entry of dw. Gradients that ``needs`` does not
+ask for come back empty. ``schedule`` is "auto" or one of SCHEDULES.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+# In order of preference on each type of device. "reference" is not a module here: it is plain PyTorch, differentiated
+# by autograd, and never passes through a registered operator.
+KERNELS = ("cpu", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@torch.compiler.assume_constant_result
+def choose(
+    name: str | None, schedule: str | None, device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype
+) -> str:
+    """The backend to use: ``name`` if it can do this, or else an error that says why; for None the first that can."""
+    if name == "reference":
+        return name
+    for candidate in PREFERENCE.get(device, ()) if name is None else (name,):
+        reason = _reason_against(candidate, schedule, device, weight, target, compute)
+        if reason is None:
+            return candidate
+        if name is not None:
+            raise RuntimeError(f"backend={name!r} was asked for, but {reason}")
+        _say_once(f"backend {candidate!r} is not used: {reason}")
+    if schedule is not None:
+        raise RuntimeError(f"schedule={schedule!r} was asked for, but no backend on {device} can follow it here")
+    return "reference"
+
+
+@functools.cache
+def _reason_against(
+    name: str, schedule: str | None, device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype
+) -> str | None:
+    try:
+        backend = load(name)
+    except ModuleNotFoundError as error:
+        return f"the {name} backend could not be imported: {error}"
+    if reason := backend.unavailable_reason() or backend.unsupported_reason(device, weight, target, compute):
+        return reason
+    if schedule is not None and schedule not in backend.SCHEDULES:
+        return f"it has the schedules {', '.join(backend.SCHEDULES)}, got schedule={schedule!r}"
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(f"mixout_kernels: {message}", stacklevel=5)

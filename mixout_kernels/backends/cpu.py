@@ -1,0 +1,74 @@
+"""C++ kernels for CPU tensors (csrc/cpu): one vectorised pass for the mix, the vendor library for the products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+
+SCHEDULES = ("staged",)
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_C = _extension.load()[0]
+
+
+def unavailable_reason() -> str | None:
+    return _extension.load()[1] or None
+
+
+def unsupported_reason(
+    device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype
+) -> str | None:
+    if device != "cpu":
+        return f"the cpu backend takes tensors on the CPU, got device {device}"
+    if weight not in _FLOATING:
+        return f"the cpu backend takes float32, float64, bfloat16 and float16 weights, got {weight}"
+    if target != weight and (weight, target) != (torch.float32, torch.bfloat16):
+        return f"the cpu backend takes a target of the weight's dtype, or bfloat16 for float32, got {target} for {weight}"
+    if compute != weight and not (weight == torch.float32 and compute in (torch.bfloat16, torch.float16)):
+        return f"the cpu backend computes in the weight's dtype, or casts float32 down, got {weight} to {compute}"
+    return None
+
+
+def keep_mask(seed: Tensor, p: float, shape: Sequence[int], mask: str) -> Tensor:
+    if mask == "neuron" and len(shape) > 1:
+        return _C.cpu_keep_mask(seed, p, shape[1])
+    return _C.cpu_keep_mask(seed, p, math.prod(shape)).view(*shape)
+
+
+def mixout(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, scale: float, mask: str) -> Tensor:
+    return _C.cpu_mixout(weight, target, seed, p, scale, mask == "weight")
+
+
+def mix_linear(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor,
+    p: float,
+    mask: str,
+    saved_columns: int | None,
+    schedule: str,
+) -> tuple[Tensor, Tensor]:
+    return _C.cpu_mix_linear(input, weight, target, bias, seed, p, mask == "weight", saved_columns)
+
+
+def mix_linear_backward(
+    grad: Tensor,
+    saved_input: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    seed: Tensor,
+    p: float,
+    scale: float,
+    mask: str,
+    needs: Sequence[bool],
+    schedule: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _C.cpu_mix_linear_backward(
+        grad, saved_input, weight, target, seed, p, scale, mask == "weight", tuple(needs)
+    )
