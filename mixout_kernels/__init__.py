@@ -1,7 +1,20 @@
 """Mixout (Lee, Cho & Kang, ICLR 2020) at a negative price: fused kernels and a drop-in ``torch.nn.Linear``."""
 
 from . import reference
+from .convert import DEFAULT_HEADS, Report, apply_mixout, remove_mixout
 from .functional import keep_mask, mix_linear, mixout
+from .modules import MixConv1D, MixLinear
 
 __version__ = "0.1.0"
-__all__ = ["keep_mask", "mix_linear", "mixout", "reference"]
+__all__ = [
+    "DEFAULT_HEADS",
+    "MixConv1D",
+    "MixLinear",
+    "Report",
+    "apply_mixout",
+    "keep_mask",
+    "mix_linear",
+    "mixout",
+    "reference",
+    "remove_mixout",
+]

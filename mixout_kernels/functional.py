@@ -73,11 +73,9 @@ def mix_linear(
 
     Source: Lee, Cho & Kang, "Mixout", ICLR 2020, https://arxiv.org/abs/1909.11299.
     """
-    _check_probability("mix_linear", p)
-    _check_choice("mix_linear", "mask", mask, ("neuron", "weight"))
+    check_mixout("mix_linear", weight, target, p, mask)
     _check_choice("mix_linear", "backend", backend, (None, "reference", *backends.KERNELS))
     _check_choice("mix_linear", "schedule", schedule, (None, "fused", "staged"))
-    _check_weight_and_target("mix_linear", weight, target)
     _check_linear(input, weight, bias)
     if not training or p == 0:
         return F.linear(input, weight, bias)
@@ -134,10 +132,8 @@ def mixout(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`mix_linear`.
     """
-    _check_probability("mixout", p)
-    _check_choice("mixout", "mask", mask, ("neuron", "weight"))
+    check_mixout("mixout", weight, target, p, mask)
     _check_choice("mixout", "backend", backend, (None, "reference", *backends.KERNELS))
-    _check_weight_and_target("mixout", weight, target)
     if not training or p == 0:
         return weight
     seed = _seed_tensor("mixout", seed, weight.device)
@@ -179,6 +175,13 @@ def keep_mask(seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask 
     if chosen == "reference":
         return reference.keep_mask(seed, p=p, shape=shape, mask=mask)
     return backends.load(chosen).keep_mask(seed, float(p), shape, mask)
+
+
+def check_mixout(name: str, weight: Tensor, target: Tensor | None, p: float, mask: str) -> None:
+    """Raises the errors that a call with these would raise; for modules, which hold them long before the first call."""
+    _check_probability(name, p)
+    _check_choice(name, "mask", mask, ("neuron", "weight"))
+    _check_weight_and_target(name, weight, target)
 
 
 def _saved_columns(weight: Tensor, p: float, mask: str) -> int | None:

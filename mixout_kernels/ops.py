@@ -129,7 +129,7 @@ def _mix_linear_fake(
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
     if saved_columns is None:  # exactly the kept columns: their number is in the seed's value
-        saved_columns = torch.library.get_ctx().new_dynamic_size(min=0, max=weight.shape[1])
+        saved_columns = torch.library.get_ctx().new_dynamic_size()
     rows = math.prod(input.shape[:-1])
     return input.new_empty((*input.shape[:-1], weight.shape[0])), input.new_empty((rows, saved_columns))
 

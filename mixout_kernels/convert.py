@@ -1,0 +1,214 @@
+"""Puts mixout into an existing model, and takes it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from .functional import Mask, check_mixout
+from .modules import MixConv1D, MixLinear, frozen_copy, to_plain
+
+# Heads that transformers adds to a pretrained model and initialises at random: there is no pretrained weight to mix
+# with. (The paper's section 6.2 mixes a new head with its own initial weight: pass exclude=() for that.)
+DEFAULT_HEADS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "pre_classifier",
+    "classification_head",
+    "logits_proj",
+    "sequence_summary",
+    "multiple_choice_head",
+    "regressor",
+)
+
+# Where the dropout rates of a module are kept while mixout is in the model.
+_RATES_ATTRIBUTE = "_dropout_before_mixout"
+
+
+@dataclass
+class Report:
+    """What :func:`apply_mixout` did: one line per module, and ``str(report)`` as a table."""
+
+    p: float
+    mask: str
+    mixed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    dropout: dict[str, str] = field(default_factory=dict)
+    target_bytes: int = 0
+
+    def __str__(self) -> str:
+        rows = [
+            *(("mixed", name, what) for name, what in self.mixed.items()),
+            *(("skipped", name, why) for name, why in self.skipped.items()),
+            *(("dropout", name, rates) for name, rates in self.dropout.items()),
+        ]
+        width = max(len(name) for _, name, _ in rows)
+        lines = [f"{what:8} {name or '(the model)':{width}}  {detail}" for what, name, detail in rows]
+        return "\n".join(
+            [
+                f"mixout p={self.p}, mask={self.mask!r}: {len(self.mixed)} mixed, {len(self.skipped)} skipped, "
+                f"{len(self.dropout)} dropout rates set to 0, {self.target_bytes / 2**20:.1f} MiB of frozen targets",
+                *lines,
+            ]
+        )
+
+
+def apply_mixout(
+    model: nn.Module,
+    *,
+    p: float,
+    mask: Mask = "neuron",
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = DEFAULT_HEADS,
+    disable_dropout: bool = True,
+) -> Report:
+    """Swaps the linear layers of a pretrained model for mixout ones, in place, each with its present weight as target.
+
+    Swapped are ``nn.Linear`` and transformers' ``Conv1D``, wherever they are; Parameters, hooks and names stay, so an
+    optimizer made before, and checkpoints from before or after, still fit. Tied Parameters stay tied and share one
+    target. Subclasses of Linear are left alone, since something else may read their weight (``nn.MultiheadAttention``
+    does); for those use :func:`mixout_kernels.mixout`.
+
+    Args:
+        model: the model, with its pretrained weights loaded.
+        p, mask: as in :func:`mixout_kernels.mix_linear`.
+        include: shell patterns; only modules that match one are swapped. A pattern matches the whole dotted name or
+            one of its parts: ``"encoder.layer.1?.*"``, ``"query"``.
+        exclude: patterns of modules to leave alone, by default heads that are not pretrained.
+        disable_dropout: set the rate of every dropout in the model to 0 (mixout replaces it, paper section 6.1):
+            ``nn.Dropout`` modules, and float attributes of modules whose name contains "dropout".
+
+    Returns:
+        A :class:`Report` that lists every module with what was done.
+
+    Raises:
+        ValueError: if nothing matches, if the model has mixout already, or if p or mask does not fit. The model is
+            then unchanged.
+    """
+    places = list(_places(model))
+    if any(isinstance(module, (MixLinear, MixConv1D)) for _, _, _, module in places):
+        raise ValueError("apply_mixout: model: expected one without mixout; call remove_mixout(model) first")
+    included = None if include is None else _patterns("include", include)
+    excluded = _patterns("exclude", exclude)
+
+    report = Report(p, mask)
+    matched: list[tuple[str, nn.Module, str, nn.Module]] = []
+    for name, parent, attribute, module in places:
+        reason = _reason_to_skip(name, module, included, excluded)
+        if reason is None:
+            weight = module.get_parameter("weight")
+            check_mixout("apply_mixout", weight, None, p, mask)
+            matched.append((name, parent, attribute, module))
+        elif reason:
+            report.skipped[name] = reason
+    if not matched:
+        linears = [name for name, _, _, module in places if _is_linear(module)]
+        raise ValueError(
+            f"apply_mixout: nothing to mix: expected a Linear or Conv1D that matches include={include!r} and not "
+            f"exclude={exclude!r}, got {len(linears)} linear layers: {', '.join(linears[:8]) or 'none'}"
+        )
+
+    targets: dict[int, Tensor] = {}
+    replacements: dict[int, nn.Module] = {}
+    for name, parent, attribute, module in matched:
+        if id(module) not in replacements:
+            weight = module.get_parameter("weight")
+            if id(weight) not in targets:
+                targets[id(weight)] = frozen_copy(weight)
+            target = targets[id(weight)]
+            if isinstance(module, nn.Linear):
+                replacements[id(module)] = MixLinear.from_linear(module, p=p, target=target, mask=mask)
+            else:
+                replacements[id(module)] = MixConv1D.from_conv1d(module, p=p, target=target, mask=mask)
+        setattr(parent, attribute, replacements[id(module)])
+        report.mixed[name] = f"{type(replacements[id(module)]).__name__} {list(module.get_parameter('weight').shape)}"
+    report.target_bytes = sum(target.numel() * target.element_size() for target in targets.values())
+    if disable_dropout:
+        report.dropout = _disable_dropout(model)
+    return report
+
+
+def remove_mixout(model: nn.Module) -> None:
+    """Puts the plain modules back, in place, and restores the dropout rates; trained weights stay as they are.
+
+    Raises:
+        ValueError: if there is no mixout in the model.
+    """
+    matched = [place for place in _places(model) if isinstance(place[3], (MixLinear, MixConv1D))]
+    if not matched:
+        raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
+    plain: dict[int, nn.Module] = {}
+    for _, parent, attribute, module in matched:
+        if id(module) not in plain:
+            plain[id(module)] = to_plain(module)  # type: ignore[arg-type]
+        setattr(parent, attribute, plain[id(module)])
+    for module in model.modules():
+        for attribute, rate in module.__dict__.pop(_RATES_ATTRIBUTE, {}).items():
+            setattr(module, attribute, rate)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """Every (name, parent, attribute, module); a module that is registered in several places comes once for each."""
+    seen: set[tuple[int, str]] = set()
+    for prefix, parent in model.named_modules(remove_duplicate=False):
+        for attribute, module in parent.named_children():
+            if (id(parent), attribute) not in seen:
+                seen.add((id(parent), attribute))
+                yield f"{prefix}.{attribute}".lstrip("."), parent, attribute, module
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _reason_to_skip(
+    name: str, module: nn.Module, included: tuple[str, ...] | None, excluded: tuple[str, ...]
+) -> str | None:
+    """None for a module to swap, a reason for a linear layer that is left alone, "" for everything else."""
+    if not _is_linear(module):
+        return ""
+    if type(module) is not nn.Linear and not _is_conv1d(module):
+        return f"{type(module).__name__} is a subclass of Linear: its weight may be read without its forward"
+    if pattern := next((pattern for pattern in excluded if _matches(name, pattern)), None):
+        return f"excluded by {pattern!r}"
+    if included is not None and not any(_matches(name, pattern) for pattern in included):
+        return "not included"
+    return None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
+
+
+def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise TypeError(f"apply_mixout: {argument}: expected a list of patterns, got the string {patterns!r}")
+    return tuple(patterns)
+
+
+def _disable_dropout(model: nn.Module) -> dict[str, str]:
+    changed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            rates = {"p": module.p}
+        else:
+            rates = {
+                attribute: value
+                for attribute, value in module.__dict__.items()
+                if "dropout" in attribute and isinstance(value, float)
+            }
+        rates = {attribute: rate for attribute, rate in rates.items() if rate > 0}
+        if rates:
+            module.__dict__[_RATES_ATTRIBUTE] = rates
+            for attribute in rates:
+                setattr(module, attribute, 0.0)
+            changed[name] = ", ".join(f"{attribute} {rate} -> 0" for attribute, rate in rates.items())
+    return changed
