@@ -51,9 +51,7 @@ def extension_arguments() -> dict:
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
     # at::parallel_for is a template: without OpenMP in this compilation it runs on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    extension = CppExtension(
-        "mixout_kernels._C", SOURCES, extra_compile_args=flags + openmp, extra_link_args=openmp
-    )
+    extension = CppExtension("mixout_kernels._C", SOURCES, extra_compile_args=flags + openmp, extra_link_args=openmp)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -54,7 +53,7 @@ def mix_linear(
         target: u, ``[out, in]``, frozen (it must not require grad); of the weight's dtype or a narrower one. None is
             zero: dropout of the input features (``mask="neuron"``) or dropconnect (``mask="weight"``).
         bias: ``[out]`` or None.
-        p: the mix probability in [0, 1]. 0 is ``F.linear(input, weight, bias)``, 1 is ``F.linear(input, target, bias)``.
+        p: the mix probability in [0, 1]. 0 is ``F.linear(input, weight, bias)``, 1 ``F.linear(input, target, bias)``.
         mask: "neuron", one decision per input feature shared by all outputs (paper, eq. 8; backward then needs
             (1 - p) of a dense dw and of a saved input), or "weight", one per element.
         training: False is ``F.linear(input, weight, bias)``, without a copy.
@@ -142,9 +141,7 @@ def mixout(
     if chosen == "reference":
         return reference.mixout(weight, target, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient)
     scale = ops.gradient_scale(p, paper_gradient=False)
-    return ops.mixout_op(
-        weight, target, seed, float(p), scale, ops.gradient_scale(p, paper_gradient), mask, chosen
-    )
+    return ops.mixout_op(weight, target, seed, float(p), scale, ops.gradient_scale(p, paper_gradient), mask, chosen)
 
 
 def keep_mask(seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask = "neuron") -> Tensor:
@@ -238,9 +235,7 @@ def _check_weight_and_target(name: str, weight: Tensor, target: Tensor | None) -
         return
     _check_tensor(name, "target", target)
     if target.shape != weight.shape:
-        raise ValueError(
-            f"{name}: target: expected the weight's shape {list(weight.shape)}, got {list(target.shape)}"
-        )
+        raise ValueError(f"{name}: target: expected the weight's shape {list(weight.shape)}, got {list(target.shape)}")
     if target.device != weight.device:
         raise ValueError(f"{name}: target: expected the weight's device {weight.device}, got {target.device}")
     if target.dtype != weight.dtype and target.dtype.itemsize >= weight.dtype.itemsize:

@@ -30,6 +30,8 @@ class MixLinear(nn.Linear):
         ValueError, TypeError: for a p, a mask or a target that does not fit.
     """
 
+    p: float
+    mask: Mask
     target: Tensor | None
     plain_class: type[nn.Module] = nn.Linear  # what ``to_plain`` goes back to
 
@@ -64,9 +66,7 @@ class MixLinear(nn.Linear):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        return mix_linear(
-            input, self.weight, self.target, self.bias, p=self.p, mask=self.mask, training=self.training
-        )
+        return mix_linear(input, self.weight, self.target, self.bias, p=self.p, mask=self.mask, training=self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_mixout_repr(self)}"
@@ -78,6 +78,8 @@ class MixConv1D(nn.Module):
     The neuron mask goes over the *input* features, as for a Linear: here these are the rows of the weight.
     """
 
+    p: float
+    mask: Mask
     target: Tensor | None
     weight: Tensor
     bias: Tensor
@@ -86,7 +88,9 @@ class MixConv1D(nn.Module):
     plain_class: type[nn.Module]
 
     @classmethod
-    def from_conv1d(cls, conv: nn.Module, *, p: float, target: Tensor | None = None, mask: Mask = "neuron") -> MixConv1D:
+    def from_conv1d(
+        cls, conv: nn.Module, *, p: float, target: Tensor | None = None, mask: Mask = "neuron"
+    ) -> MixConv1D:
         """A MixConv1D that shares ``conv``'s Parameters; ``target=None`` is a frozen copy of ``conv.weight``."""
         weight = conv.get_parameter("weight")
         module = shallow_copy(conv, cls)
@@ -96,9 +100,7 @@ class MixConv1D(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         target = None if self.target is None else self.target.t()
-        return mix_linear(
-            input, self.weight.t(), target, self.bias, p=self.p, mask=self.mask, training=self.training
-        )
+        return mix_linear(input, self.weight.t(), target, self.bias, p=self.p, mask=self.mask, training=self.training)
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {_mixout_repr(self)}"
@@ -116,7 +118,7 @@ def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
 
 def shallow_copy(module: nn.Module, cls: type[Any]) -> Any:
     """A module of class ``cls`` with the Parameters, buffers, hooks and attributes of ``module``."""
-    copy = cls.__new__(cls)
+    copy: Any = object.__new__(cls)
     copy.__dict__ = {
         name: value.copy() if isinstance(value, (dict, set)) else value for name, value in module.__dict__.items()
     }
@@ -127,11 +129,11 @@ def frozen_copy(weight: Tensor) -> Tensor:
     return weight.detach().clone(memory_format=torch.preserve_format)
 
 
-def _set_mixout(module: nn.Module, weight: Tensor, p: float, target: Tensor | None, mask: Mask) -> None:
+def _set_mixout(module: MixLinear | MixConv1D, weight: Tensor, p: float, target: Tensor | None, mask: Mask) -> None:
     check_mixout(type(module).__name__, weight, target, p, mask)
     module.p, module.mask = p, mask
     module.register_buffer("target", target, persistent=False)
 
 
-def _mixout_repr(module: nn.Module) -> str:
+def _mixout_repr(module: MixLinear | MixConv1D) -> str:
     return f"p={module.p}, mask={module.mask!r}, target={'zero' if module.target is None else 'frozen'}"

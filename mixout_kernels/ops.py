@@ -128,10 +128,10 @@ def _mix_linear_fake(
     backend: str,
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
-    if saved_columns is None:  # exactly the kept columns: their number is in the seed's value
-        saved_columns = torch.library.get_ctx().new_dynamic_size()
+    # None: exactly the kept columns, whose number is in the seed's value.
+    columns = torch.library.get_ctx().new_dynamic_size() if saved_columns is None else saved_columns
     rows = math.prod(input.shape[:-1])
-    return input.new_empty((*input.shape[:-1], weight.shape[0])), input.new_empty((rows, saved_columns))
+    return input.new_empty((*input.shape[:-1], weight.shape[0])), input.new_empty((rows, columns))
 
 
 def _mix_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -145,7 +145,7 @@ def _mix_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     else:
         saved_input = kept_input
         if ctx.needs_input_grad[1] and saved_columns == 0 and ctx.p < 1:
-            raise RuntimeError("mix_linear: weight requires grad, but saved_columns=0 says that x[:, kept] is not needed")
+            raise RuntimeError("mix_linear: weight requires grad, but saved_columns=0 keeps no input for its gradient")
     ctx.save_for_backward(saved_input, weight, target, seed)
 
 

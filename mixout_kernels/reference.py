@@ -128,5 +128,5 @@ class _ScaleGradient(torch.autograd.Function):
         ctx.factor = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return grad * ctx.factor, None

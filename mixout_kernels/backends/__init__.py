@@ -13,10 +13,10 @@ Every backend module has the same names, called with checked arguments:
 
 ``mixout_list`` mixes any number of 2-D weights in one launch: weight and target k (``targets`` is a list of tensors
 or None) by the k-th element of the int64 tensor ``seeds``, one p and one mask for all, each Phi in ``dtype`` and in its
-weight's memory layout. ``saved_columns`` is the width of the returned x[:, kept]: None means exactly the kept columns, a number a fixed
-capacity whose unused columns are zero, 0 that nothing is kept for backward. ``scale`` in ``mixout`` is the factor of
-w - u in a kept entry, in ``mix_linear_backward`` the factor of a kept entry of dw. Gradients that ``needs`` does not
-ask for come back empty. ``schedule`` is "auto" or one of SCHEDULES.
+weight's memory layout. ``saved_columns`` is the width of the returned x[:, kept]: None means exactly the kept columns,
+a number a fixed capacity whose unused columns are zero, 0 that nothing is kept for backward. ``scale`` in ``mixout`` is
+the factor of w - u in a kept entry, in ``mix_linear_backward`` the factor of a kept entry of dw. Gradients that
+``needs`` does not ask for come back empty. ``schedule`` is "auto" or one of SCHEDULES.
 """
 
 from __future__ import annotations

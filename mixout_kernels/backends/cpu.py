@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +13,20 @@ from .. import _extension
 
 SCHEDULES = ("staged",)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_C = _extension.load()[0]
+_C: Any = _extension.load()[0]
 
 
 def unavailable_reason() -> str | None:
     return _extension.load()[1] or None
 
 
-def unsupported_reason(
-    device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype
-) -> str | None:
+def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype) -> str | None:
     if device != "cpu":
         return f"the cpu backend takes tensors on the CPU, got device {device}"
     if weight not in _FLOATING:
         return f"the cpu backend takes float32, float64, bfloat16 and float16 weights, got {weight}"
     if target != weight and (weight, target) != (torch.float32, torch.bfloat16):
-        return f"the cpu backend takes a target of the weight's dtype, or bfloat16 for float32, got {target} for {weight}"
+        return f"the cpu backend takes a target of the weight's dtype, or bfloat16 for float32, got {weight}, {target}"
     if compute != weight and not (weight == torch.float32 and compute in (torch.bfloat16, torch.float16)):
         return f"the cpu backend computes in the weight's dtype, or casts float32 down, got {weight} to {compute}"
     return None
@@ -69,6 +68,4 @@ def mix_linear_backward(
     needs: Sequence[bool],
     schedule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.cpu_mix_linear_backward(
-        grad, saved_input, weight, target, seed, p, scale, mask == "weight", tuple(needs)
-    )
+    return _C.cpu_mix_linear_backward(grad, saved_input, weight, target, seed, p, scale, mask == "weight", tuple(needs))
