@@ -90,7 +90,7 @@ def mix_linear(
         return reference.mix_linear(
             input, weight, target, bias, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient
         )
-    y, _ = ops.mix_linear_op(
+    return ops.mix_linear(
         input,
         weight,
         target,
@@ -103,7 +103,6 @@ def mix_linear(
         chosen,
         schedule or "auto",
     )
-    return y
 
 
 def mixout(
