@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ def mix_linear(
         bias = None if bias is None else bias.to(input.dtype)
     seed = _seed_tensor("mix_linear", seed, input.device)
     target_dtype = weight.dtype if target is None else target.dtype
-    chosen = backends.choose(backend, schedule, device, weight.dtype, target_dtype, input.dtype)
+    chosen = _choose(backend, schedule, device, weight.dtype, target_dtype, input.dtype)
     if chosen == "reference":
         return reference.mix_linear(
             input, weight, target, bias, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient
@@ -136,7 +136,7 @@ def mixout(
         return weight
     seed = _seed_tensor("mixout", seed, weight.device)
     target_dtype = weight.dtype if target is None else target.dtype
-    chosen = backends.choose(backend, None, weight.device.type, weight.dtype, target_dtype, weight.dtype)
+    chosen = _choose(backend, None, weight.device.type, weight.dtype, target_dtype, weight.dtype)
     if chosen == "reference":
         return reference.mixout(weight, target, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient)
     scale = ops.gradient_scale(p, paper_gradient=False)
@@ -178,6 +178,12 @@ def check_mixout(name: str, weight: Tensor, target: Tensor | None, p: float, mas
     _check_probability(name, p)
     _check_choice(name, "mask", mask, ("neuron", "weight"))
     _check_weight_and_target(name, weight, target)
+
+
+def _choose(backend: str | None, *inputs: Any) -> str:
+    if backend is None and torch._C._are_functorch_transforms_active():
+        return "reference"  # torch.func transforms plain PyTorch only
+    return backends.choose(backend, *inputs)
 
 
 def _saved_columns(weight: Tensor, p: float, mask: str) -> int | None:

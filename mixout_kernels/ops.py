@@ -204,18 +204,17 @@ def mix_linear(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     that is a large part of a training step on a GPU.
     """
     if _is_intercepted(input, weight):
-        call = mix_linear_op
-    else:
-        call = MixLinearFunction.apply if torch.is_grad_enabled() else _mix_linear_kernel
-    return call(input, weight, *arguments)[0]
+        return mix_linear_op(input, weight, *arguments)[0]
+    if torch.is_grad_enabled():
+        return MixLinearFunction.apply(input, weight, *arguments)[0]
+    return _mix_linear_kernel(input, weight, *arguments)[0]
 
 
 def _is_intercepted(*tensors: Tensor) -> bool:
-    """Whether a compiler, a dispatch mode, torch.func or a tensor subclass must see an operator."""
+    """Whether a compiler, a dispatch mode or a tensor subclass must see an operator."""
     return (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
         or any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors)
     )
 
