@@ -46,6 +46,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info, "What this extension was built for.");
   module.def("cpu_keep_mask", &cpu::keep_mask, release_gil);
   module.def("cpu_mixout", &cpu::mixout, release_gil);
+  module.def("cpu_mixout_list", &cpu::mixout_list, release_gil);
   module.def("cpu_mix_linear", &cpu::mix_linear, release_gil);
   module.def("cpu_mix_linear_backward", &cpu::mix_linear_backward, release_gil);
 }

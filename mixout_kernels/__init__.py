@@ -4,12 +4,14 @@ from . import reference
 from .convert import DEFAULT_HEADS, Report, apply_mixout, remove_mixout
 from .functional import keep_mask, mix_linear, mixout
 from .modules import MixConv1D, MixLinear
+from .sampler import MixSampler
 
 __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_HEADS",
     "MixConv1D",
     "MixLinear",
+    "MixSampler",
     "Report",
     "apply_mixout",
     "keep_mask",

@@ -79,23 +79,48 @@ def mix_linear(
     if not training or p == 0:
         return F.linear(input, weight, bias)
 
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))
-        bias = None if bias is None else bias.to(input.dtype)
     seed = _seed_tensor("mix_linear", seed, input.device)
+    y, _ = sampled_linear(input, weight, target, bias, p, mask, seed, paper_gradient, backend, schedule)
+    return y
+
+
+def sampled_linear(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None,
+    p: float,
+    mask: str,
+    seed: Tensor,
+    paper_gradient: bool = False,
+    backend: str | None = None,
+    schedule: str | None = None,
+    mixed: Tensor | None = None,
+    kept_input: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`mix_linear` of checked arguments and a drawn seed; returns y and x[:, kept] (None from the reference).
+
+    ``mixed`` (Phi in the compute dtype) and ``kept_input`` are used where the caller has them already.
+    """
+    device = input.device.type
+    dtype = compute_dtype(input)
+    if input.dtype != dtype:
+        input = input.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
     target_dtype = weight.dtype if target is None else target.dtype
-    chosen = _choose(backend, schedule, device, weight.dtype, target_dtype, input.dtype)
+    chosen = _choose(backend, schedule, device, weight.dtype, target_dtype, dtype)
     if chosen == "reference":
-        return reference.mix_linear(
-            input, weight, target, bias, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient
-        )
+        y = reference.mix_linear(input, weight, target, bias, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient)
+        return y, None
     return ops.mix_linear(
         input,
         weight,
         target,
         bias,
         seed,
+        mixed,
+        kept_input,
         float(p),
         mask,
         paper_gradient,
@@ -103,6 +128,14 @@ def mix_linear(
         chosen,
         schedule or "auto",
     )
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes: autocast's where autocast would cast this input, or the input's."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return input.dtype
 
 
 def mixout(

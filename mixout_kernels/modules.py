@@ -34,6 +34,7 @@ class MixLinear(nn.Linear):
     mask: Mask
     target: Tensor | None
     plain_class: type[nn.Module] = nn.Linear  # what ``to_plain`` goes back to
+    slot: Any = None  # this layer's place in a MixSampler
 
     def __init__(
         self,
@@ -66,6 +67,8 @@ class MixLinear(nn.Linear):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.slot is not None and self.training:
+            return self.slot(input, self.weight, self.target, self.bias)
         return mix_linear(input, self.weight, self.target, self.bias, p=self.p, mask=self.mask, training=self.training)
 
     def extra_repr(self) -> str:
@@ -86,6 +89,7 @@ class MixConv1D(nn.Module):
     nx: int
     nf: int
     plain_class: type[nn.Module]
+    slot: Any = None
 
     @classmethod
     def from_conv1d(
@@ -100,6 +104,8 @@ class MixConv1D(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         target = None if self.target is None else self.target.t()
+        if self.slot is not None and self.training:
+            return self.slot(input, self.weight.t(), target, self.bias)
         return mix_linear(input, self.weight.t(), target, self.bias, p=self.p, mask=self.mask, training=self.training)
 
     def extra_repr(self) -> str:
@@ -111,7 +117,7 @@ def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
     plain = shallow_copy(module, module.plain_class)
     del plain._buffers["target"]
     plain._non_persistent_buffers_set.discard("target")
-    for name in ("p", "mask", "plain_class"):
+    for name in ("p", "mask", "plain_class", "slot"):
         plain.__dict__.pop(name, None)
     return plain
 

@@ -10,6 +10,9 @@ What ``mix_linear`` saves for backward: the seed, the parameters by reference, a
     mask="weight"   x itself, which is not a copy
 
 never the mask and never a tensor of the weight's size.
+
+A sampler (``sampler.py``) may hand two things in, so that they are made once for many calls: ``mixed``, the weight
+Phi, and ``kept_input``, the x[:, kept] that a sibling layer with the same input and the same mask has gathered.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ _library.define(
     "str backend) -> Tensor"
 )
 _library.define(
-    "mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, float p, str mask, "
-    "bool paper_gradient, SymInt? saved_columns, str backend, str schedule) -> (Tensor, Tensor)"
+    "mix_linear(Tensor input, Tensor weight, Tensor? target, Tensor? bias, Tensor seed, Tensor? mixed, "
+    "Tensor? kept_input, float p, str mask, bool paper_gradient, SymInt? saved_columns, str backend, str schedule) "
+    "-> (Tensor, Tensor)"
 )
 _library.define(
-    "mix_linear_backward(Tensor grad, Tensor saved_input, Tensor weight, Tensor? target, Tensor seed, float p, "
-    "str mask, bool paper_gradient, bool[3] needs, str backend, str schedule) -> (Tensor, Tensor, Tensor)"
+    "mix_linear_backward(Tensor grad, Tensor saved_input, Tensor weight, Tensor? target, Tensor seed, Tensor? mixed, "
+    "float p, str mask, bool paper_gradient, bool[3] needs, str backend, str schedule) -> (Tensor, Tensor, Tensor)"
 )
 
 mixout_op = torch.ops.mixout_kernels.mixout.default
@@ -105,6 +109,8 @@ def _mix_linear_kernel(
     target: Tensor | None,
     bias: Tensor | None,
     seed: Tensor,
+    mixed: Tensor | None,
+    kept_input: Tensor | None,
     p: float,
     mask: str,
     paper_gradient: bool,
@@ -112,7 +118,8 @@ def _mix_linear_kernel(
     backend: str,
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
-    return backends.load(backend).mix_linear(input, weight, target, bias, seed, p, mask, saved_columns, schedule)
+    columns = saved_columns if kept_input is None else 0
+    return backends.load(backend).mix_linear(input, weight, target, bias, seed, p, mask, columns, schedule, mixed)
 
 
 @torch.library.register_fake("mixout_kernels::mix_linear", lib=_library)
@@ -122,6 +129,8 @@ def _mix_linear_fake(
     target: Tensor | None,
     bias: Tensor | None,
     seed: Tensor,
+    mixed: Tensor | None,
+    kept_input: Tensor | None,
     p: float,
     mask: str,
     paper_gradient: bool,
@@ -129,44 +138,44 @@ def _mix_linear_fake(
     backend: str,
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
-    # None: exactly the kept columns, whose number is in the seed's value.
-    columns = torch.library.get_ctx().new_dynamic_size() if saved_columns is None else saved_columns
+    if kept_input is not None:
+        columns: int | torch.SymInt = 0
+    elif saved_columns is None:  # exactly the kept columns, whose number is in the seed's value
+        columns = torch.library.get_ctx().new_dynamic_size()
+    else:
+        columns = saved_columns
     rows = math.prod(input.shape[:-1])
     return input.new_empty((*input.shape[:-1], weight.shape[0])), input.new_empty((rows, columns))
 
 
 def _mix_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (input, weight, target, _, seed, ctx.p, ctx.mask, ctx.paper_gradient, saved_columns, ctx.backend, ctx.schedule) = (
-        inputs
-    )
-    kept_input = output[1]
-    ctx.mark_non_differentiable(kept_input)
+    input, weight, target, _, seed, mixed, kept_input, *settings = inputs
+    ctx.p, ctx.mask, ctx.paper_gradient, saved_columns, ctx.backend, ctx.schedule = settings
+    ctx.mark_non_differentiable(output[1])
     if ctx.mask == "weight":
         saved_input = input if ctx.needs_input_grad[1] else None
     else:
-        saved_input = kept_input
-        if ctx.needs_input_grad[1] and saved_columns == 0 and ctx.p < 1:
+        saved_input = output[1] if kept_input is None else kept_input
+        if ctx.needs_input_grad[1] and kept_input is None and saved_columns == 0 and ctx.p < 1:
             raise RuntimeError("mix_linear: weight requires grad, but saved_columns=0 keeps no input for its gradient")
-    ctx.save_for_backward(saved_input, weight, target, seed)
+    ctx.save_for_backward(saved_input, weight, target, seed, mixed)
 
 
 def _mix_linear_derivative(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved_input, weight, target, seed = ctx.saved_tensors
+    saved_input, weight, target, seed, mixed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
     if saved_input is None:
         saved_input = grad.new_empty(0)
     # A graph of the gradients (create_graph=True) needs the operator, which knows that it has no derivative.
-    call = (
-        mix_linear_backward_op
-        if torch.is_grad_enabled() or torch.compiler.is_compiling()
-        else _mix_linear_backward_kernel
-    )
+    traced = torch.is_grad_enabled() or _is_intercepted(grad, weight)
+    call = mix_linear_backward_op if traced else _mix_linear_backward_kernel
     gradients = call(
         grad,
         saved_input,
         weight,
         target,
         seed,
+        mixed,
         ctx.p,
         ctx.mask,
         ctx.paper_gradient,
@@ -175,7 +184,7 @@ def _mix_linear_derivative(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | 
         ctx.schedule,
     )
     dx, dw, db = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return dx, dw, None, db, *[None] * 7
+    return dx, dw, None, db, *[None] * 9
 
 
 class MixLinearFunction(torch.autograd.Function):
@@ -196,18 +205,18 @@ torch.library.register_autograd(
 )
 
 
-def mix_linear(input: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    """y, through the operator where something traces or intercepts operators, and past it everywhere else.
+def mix_linear(input: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """y and x[:, kept]; through the operator where something traces or intercepts operators, else past it.
 
     Forward and backward of a 2 x 4 x 4 layer took 212 us through the registered operator with its generated autograd
     kernel, 112 us this way and 46 us for F.linear (torch 2.13, one Zen 4 core): with the 144 layers of BERT-large
     that is a large part of a training step on a GPU.
     """
     if _is_intercepted(input, weight):
-        return mix_linear_op(input, weight, *arguments)[0]
+        return mix_linear_op(input, weight, *arguments)
     if torch.is_grad_enabled():
-        return MixLinearFunction.apply(input, weight, *arguments)[0]
-    return _mix_linear_kernel(input, weight, *arguments)[0]
+        return MixLinearFunction.apply(input, weight, *arguments)
+    return _mix_linear_kernel(input, weight, *arguments)
 
 
 def _is_intercepted(*tensors: Tensor) -> bool:
@@ -229,6 +238,7 @@ def _mix_linear_backward_kernel(
     weight: Tensor,
     target: Tensor | None,
     seed: Tensor,
+    mixed: Tensor | None,
     p: float,
     mask: str,
     paper_gradient: bool,
@@ -238,7 +248,7 @@ def _mix_linear_backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = gradient_scale(p, paper_gradient)
     return backends.load(backend).mix_linear_backward(
-        grad, saved_input, weight, target, seed, p, scale, mask, needs, schedule
+        grad, saved_input, weight, target, seed, p, scale, mask, needs, schedule, mixed
     )
 
 
@@ -249,6 +259,7 @@ def _mix_linear_backward_fake(
     weight: Tensor,
     target: Tensor | None,
     seed: Tensor,
+    mixed: Tensor | None,
     p: float,
     mask: str,
     paper_gradient: bool,

@@ -8,6 +8,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -113,6 +114,16 @@ struct WeightLayout {
   }
 };
 
+// phi = Phi(weight, target), phi lying in memory as the weight does; p < 1.
+void mix_weight_into(
+    const Tensor& phi, const Tensor& weight, const std::optional<Tensor>& target, uint64_t seed, double p,
+    bool per_weight) {
+  const WeightLayout layout(weight);
+  const auto u = target ? std::optional<Tensor>(layout.transposed ? target->t().contiguous() : target->contiguous())
+                        : std::nullopt;
+  mix_into(phi, layout.memory(weight), u, seed, p, 1 / (1 - p), layout.mask(per_weight));
+}
+
 // Phi [out, in] in the compute dtype.
 Tensor mixed_weight(
     const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_weight,
@@ -120,9 +131,7 @@ Tensor mixed_weight(
   const WeightLayout layout(weight);
   if (p == 1) return target ? target->to(dtype) : at::zeros_like(weight, weight.options().dtype(dtype));
   const Tensor phi = layout.empty(weight, dtype);
-  const auto u = target ? std::optional<Tensor>(layout.transposed ? target->t().contiguous() : target->contiguous())
-                        : std::nullopt;
-  mix_into(phi, layout.memory(weight), u, seed_value(seed), p, 1 / (1 - p), layout.mask(per_weight));
+  mix_weight_into(phi, weight, target, seed_value(seed), p, per_weight);
   return layout.logical(phi);
 }
 
@@ -136,7 +145,8 @@ Tensor kept_weight(const Tensor& weight, const Columns& columns, double p, at::S
   const double scale = p < 1 ? 1 / (1 - p) : 0;
   const Tensor memory = layout.memory(weight);
   if (!layout.transposed) return gather(memory, columns, columns.kept, scale, dtype);
-  return memory.index_select(0, index_tensor(columns)).mul_(scale).to(dtype).t();
+  const auto precise = at::toOpMathType(memory.scalar_type());  // round once, after the product
+  return memory.index_select(0, index_tensor(columns)).to(precise).mul_(scale).to(dtype).t();
 }
 
 // dw of a neuron mask: scale * (g^T x[:, kept]) in the kept columns, zero in the others, in one pass over dw.
@@ -150,7 +160,8 @@ Tensor kept_columns_gradient(
   const Tensor compact = at::mm(kept_input.narrow(1, 0, n).t(), g);
   if (layout.transposed) {
     memory.zero_();
-    memory.index_copy_(0, index_tensor(columns).narrow(0, 0, n), compact.mul(scale).to(weight.scalar_type()));
+    memory.index_copy_(0, index_tensor(columns).narrow(0, 0, n), 
+        compact.to(at::toOpMathType(compact.scalar_type())).mul_(scale).to(weight.scalar_type()));
     return layout.logical(memory);
   }
   MIXOUT_DISPATCH_COLUMNS(weight.scalar_type(), g.scalar_type(), [&] {
@@ -199,17 +210,30 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return result;
 }
 
-Tensor rows_of(const Tensor& t) { return t.reshape({-1, t.size(-1)}).contiguous(); }
+// [..., n] as [rows, n]; the rows are counted, since reshape cannot infer them when n is 0.
+Tensor rows_of(const Tensor& t) {
+  const auto leading = t.sizes().slice(0, t.dim() - 1);
+  return t.reshape({c10::multiply_integers(leading), t.size(-1)}).contiguous();
+}
 
 }  // namespace
 
+void mixout_list(
+    const std::vector<Tensor>& outs, const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& targets, const Tensor& seeds, double p, bool per_weight) {
+  const int64_t* seed = seeds.const_data_ptr<int64_t>();
+  for (size_t k = 0; k < outs.size(); ++k)
+    mix_weight_into(outs[k], weights[k], targets[k], static_cast<uint64_t>(seed[k]), p, per_weight);
+}
+
 std::tuple<Tensor, Tensor> mix_linear(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
-    const Tensor& seed, double p, bool per_weight, std::optional<int64_t> saved_columns) {
+    const Tensor& seed, double p, bool per_weight, std::optional<int64_t> saved_columns,
+    const std::optional<Tensor>& mixed) {
   const int64_t in_features = weight.size(1), out_features = weight.size(0);
   const auto dtype = input.scalar_type();
   const Tensor x = rows_of(input);
-  const bool only_kept = !per_weight && !target;  // Phi is zero outside the kept columns
+  const bool only_kept = !per_weight && !target && !mixed;  // Phi is zero outside the kept columns
 
   Tensor kept_input = at::empty({x.size(0), 0}, x.options());
   Columns columns;
@@ -218,7 +242,9 @@ std::tuple<Tensor, Tensor> mix_linear(
     kept_input = gather(x, columns, saved_columns.value_or(0) > 0 ? *saved_columns : columns.kept, 1, dtype);
   }
   Tensor y;
-  if (p == 1 && target) {
+  if (mixed) {
+    y = dense(x, *mixed, bias);
+  } else if (p == 1 && target) {
     y = at::linear(x, target->to(dtype), bias);  // bit for bit F.linear(x, u, b)
   } else if (only_kept && columns.kept <= kept_input.size(1)) {
     y = dense(kept_input.narrow(1, 0, columns.kept), kept_weight(weight, columns, p, dtype), bias);
@@ -231,7 +257,8 @@ std::tuple<Tensor, Tensor> mix_linear(
 
 std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
     const Tensor& grad, const Tensor& saved_input, const Tensor& weight, const std::optional<Tensor>& target,
-    const Tensor& seed, double p, double scale, bool per_weight, std::tuple<bool, bool, bool> needs) {
+    const Tensor& seed, double p, double scale, bool per_weight, std::tuple<bool, bool, bool> needs,
+    const std::optional<Tensor>& mixed) {
   const auto [needs_dx, needs_dw, needs_db] = needs;
   const int64_t in_features = weight.size(1);
   const auto dtype = grad.scalar_type();
@@ -241,7 +268,9 @@ std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
 
   Tensor dx = at::empty({0}, grad.options()), dw = at::empty({0}, weight.options()), db = at::empty({0}, grad.options());
   if (needs_dx) {
-    if (!per_weight && !target) {
+    if (mixed) {
+      dx = dense(g, mixed->t(), std::nullopt);
+    } else if (!per_weight && !target) {
       dx = scatter(dense(g, kept_weight(weight, columns, p, dtype).t(), std::nullopt), columns, in_features);
     } else {
       dx = dense(g, mixed_weight(weight, target, seed, p, per_weight, dtype).t(), std::nullopt);

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
 
@@ -31,14 +32,21 @@ Tensor mixout(
     const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, double scale,
     bool per_weight);
 
+// outs[k] = Phi of weights[k] by seeds[k]; 2-D weights, outs in their weights' memory layout, p < 1.
+void mixout_list(
+    const std::vector<Tensor>& outs, const std::vector<Tensor>& weights,
+    const std::vector<std::optional<Tensor>>& targets, const Tensor& seeds, double p, bool per_weight);
+
 // y [..., out] and x[:, kept] [rows, saved_columns]; see backends/__init__.py.
 std::tuple<Tensor, Tensor> mix_linear(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
-    const Tensor& seed, double p, bool per_weight, std::optional<int64_t> saved_columns);
+    const Tensor& seed, double p, bool per_weight, std::optional<int64_t> saved_columns,
+    const std::optional<Tensor>& mixed);
 
 // dx, dw, db; `scale` is the factor of a kept entry of dw. What `needs` does not ask for comes back empty.
 std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
     const Tensor& grad, const Tensor& saved_input, const Tensor& weight, const std::optional<Tensor>& target,
-    const Tensor& seed, double p, double scale, bool per_weight, std::tuple<bool, bool, bool> needs);
+    const Tensor& seed, double p, double scale, bool per_weight, std::tuple<bool, bool, bool> needs,
+    const std::optional<Tensor>& mixed);
 
 }  // namespace mixout::cpu

@@ -2,21 +2,24 @@
 
 Every backend module has the same names, called with checked arguments:
 
-    SCHEDULES                                             what it can be asked for, of "fused" and "staged"
-    unavailable_reason()                                  None, or one sentence: why it cannot run here, and the cure
-    unsupported_reason(device, weight, target, compute)   None, or one sentence: what of these dtypes it cannot do
-    keep_mask(seed, p, shape, mask)                                                                  -> bool tensor
-    mixout(weight, target, seed, p, scale, mask)                                                     -> Phi
-    mixout_list(weights, targets, seeds, p, mask, dtype)                                             -> list of Phi
-    mix_linear(input, weight, target, bias, seed, p, mask, saved_columns, schedule)                  -> y, x[:, kept]
-    mix_linear_backward(grad, saved_input, weight, target, seed, p, scale, mask, needs, schedule)    -> dx, dw, db
+    SCHEDULES                                                       what it can be asked for, of "fused" and "staged"
+    unavailable_reason()                                            None, or why it cannot run here, and the cure
+    unsupported_reason(device, weight, target, compute)             None, or what of these dtypes it cannot do
+    keep_mask(seed, p, shape, mask)                                                                 -> bool tensor
+    mixout(weight, target, seed, p, scale, mask)                                                    -> Phi
+    mixout_list(outs, weights, targets, seeds, p, mask)                                             writes outs
+    mix_linear(input, weight, target, bias, seed, p, mask, saved_columns, schedule, mixed)          -> y, x[:, kept]
+    mix_linear_backward(grad, saved_input, weight, target, seed, p, scale, mask, needs, schedule, mixed) -> dx, dw, db
 
-``mixout_list`` mixes any number of 2-D weights in one launch: weight and target k (``targets`` is a list of tensors
-or None) by the k-th element of the int64 tensor ``seeds``, one p and one mask for all, each Phi in ``dtype`` and in its
-weight's memory layout. ``saved_columns`` is the width of the returned x[:, kept]: None means exactly the kept columns,
-a number a fixed capacity whose unused columns are zero, 0 that nothing is kept for backward. ``scale`` in ``mixout`` is
-the factor of w - u in a kept entry, in ``mix_linear_backward`` the factor of a kept entry of dw. Gradients that
-``needs`` does not ask for come back empty. ``schedule`` is "auto" or one of SCHEDULES.
+``mixout_list`` mixes any number of 2-D weights in one launch: weight and target k (``targets`` holds tensors and None)
+by the k-th element of the int64 tensor ``seeds``, one p < 1 and one mask for all, into out k, which has the compute
+dtype and the memory layout of its weight.
+
+``saved_columns`` is the width of the returned x[:, kept]: None means exactly the kept columns, a number a fixed
+capacity whose unused columns are zero, 0 that nothing is kept for backward. ``mixed`` is Phi where the caller has it
+already (from ``mixout_list``), else None. ``scale`` in ``mixout`` is the factor of w - u in a kept entry, in
+``mix_linear_backward`` the factor of a kept entry of dw. Gradients that ``needs`` does not ask for come back empty.
+``schedule`` is "auto" or one of SCHEDULES.
 """
 
 from __future__ import annotations

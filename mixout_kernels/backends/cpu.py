@@ -42,6 +42,17 @@ def mixout(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, scale:
     return _C.cpu_mixout(weight, target, seed, p, scale, mask == "weight")
 
 
+def mixout_list(
+    outs: list[Tensor],
+    weights: list[Tensor],
+    targets: list[Tensor | None],
+    seeds: Tensor,
+    p: float,
+    mask: str,
+) -> None:
+    _C.cpu_mixout_list(outs, weights, targets, seeds, p, mask == "weight")
+
+
 def mix_linear(
     input: Tensor,
     weight: Tensor,
@@ -52,8 +63,9 @@ def mix_linear(
     mask: str,
     saved_columns: int | None,
     schedule: str,
+    mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _C.cpu_mix_linear(input, weight, target, bias, seed, p, mask == "weight", saved_columns)
+    return _C.cpu_mix_linear(input, weight, target, bias, seed, p, mask == "weight", saved_columns, mixed)
 
 
 def mix_linear_backward(
@@ -67,5 +79,8 @@ def mix_linear_backward(
     mask: str,
     needs: Sequence[bool],
     schedule: str,
+    mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.cpu_mix_linear_backward(grad, saved_input, weight, target, seed, p, scale, mask == "weight", tuple(needs))
+    return _C.cpu_mix_linear_backward(
+        grad, saved_input, weight, target, seed, p, scale, mask == "weight", tuple(needs), mixed
+    )

@@ -1,0 +1,306 @@
+"""One mask per optimizer step for a whole model, mixed in one launch."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from . import backends
+from .functional import compute_dtype, sampled_linear
+from .modules import MixConv1D, MixLinear
+
+# Linear layers that read the same activation, by their attribute names: BERT and ViT; Llama, BART and OPT; Llama's
+# gated MLP; DistilBERT; T5 and its gated MLP. (GPT-2's attention is one Conv1D already.)
+SAME_INPUT = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+)
+
+
+class MixSampler:
+    """Draws the masks of all mixout layers of a model at once, for one optimizer step or several.
+
+    Without a sampler every forward draws anew, as dropout does. With one,
+
+    - all micro-batches of a gradient accumulation share the masks of their step (paper, eq. 2: one mask per step);
+    - the mixed weights Phi of all layers are written in one launch after each optimizer step, in the compute dtype, and
+      both forward and backward use them: under autocast this replaces autocast's own cast of w;
+    - layers that read the same activation (query, key, value) share a neuron mask, which is closer to eq. 8 of the
+      paper, where a dropped neuron loses all its outgoing weights; x[:, kept] is then saved once for all of them.
+
+    The k-th mask is a function of (seed, k): ``state_dict`` holds the seed and the number of optimizer steps, and a
+    resumed run continues with the same masks bit for bit. The sampler follows any ``torch.optim`` optimizer that holds
+    one of the model's mixed weights by itself: Trainer, accelerate and GradScaler need no callback, and a step that
+    GradScaler skips draws no new masks.
+
+    Args:
+        model: after :func:`mixout_kernels.apply_mixout`.
+        every: optimizer steps between two draws. 1 is mixout, k > 1 the resample period of GMixout (arXiv 2510.06982),
+            ``math.inf`` a fixed random mask.
+        share_masks: groups of attribute names; the layers of one parent module with these names share one neuron mask
+            if their p and in_features agree. ``()`` gives every layer its own.
+        premix: keep Phi of every layer between steps. Costs ``extra_bytes``, the bytes of the mixed weights in the
+            compute dtype; False mixes in each forward and backward.
+        seed: of the first mask, an int; None draws it from torch's default generator.
+        same_on_all_ranks: under torch.distributed, take rank 0's seed on every rank; False gives each rank its own.
+
+    Raises:
+        ValueError, TypeError: for a model without mixout, or one that has a sampler, or an argument that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: float = 1,
+        share_masks: Iterable[Sequence[str]] = SAME_INPUT,
+        premix: bool = True,
+        seed: int | None = None,
+        same_on_all_ranks: bool = True,
+    ) -> None:
+        if every != math.inf and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"MixSampler: every: expected an int >= 1 or math.inf, got {every!r}")
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, (MixLinear, MixConv1D))}
+        if not layers:
+            raise ValueError(
+                "MixSampler: model: expected one with mixout layers; call apply_mixout(model, p=...) first"
+            )
+        if any(layer.slot is not None for layer in layers.values()):
+            raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")
+        groups = _groups(layers, share_masks)
+        device = next(iter(layers.values())).weight.device
+        self.every = every
+        self.premix = premix
+        self._base = _base_seed(seed, same_on_all_ranks)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._offsets = torch.arange(1 + max(groups.values()), device=device)
+        self._seeds = torch.empty_like(self._offsets)
+        shared = {number: _SharedInput(list(groups.values()).count(number)) for number in set(groups.values())}
+        self._slots = [
+            _Slot(self, layer, self._seeds, groups[name], shared[groups[name]]) for name, layer in layers.items()
+        ]
+        self._dtype: torch.dtype | None = None  # the compute dtype of the last forward
+        self._draw()
+        for slot in self._slots:
+            slot.layer.slot = slot
+        self._owned: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._hook = register_optimizer_step_post_hook(_call_weakly(self._after_step))
+        weakref.finalize(self, self._hook.remove)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far (reads the device)."""
+        return int(self._step.item())
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the mixed weights that this sampler holds."""
+        return sum(slot.mixed.nbytes for slot in self._slots if slot.mixed is not None)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self._base, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if not isinstance(state, dict) or set(state) != {"seed", "step"}:
+            raise ValueError(f"MixSampler.load_state_dict: state: expected the keys seed and step, got {state!r}")
+        self._base = int(state["seed"])
+        self._step.fill_(int(state["step"]))
+        self._draw()
+        self._mix()
+
+    def remove(self) -> None:
+        """Takes the sampler out of the model: every forward draws anew."""
+        self._hook.remove()
+        for slot in self._slots:
+            slot.layer.slot = None
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if optimizer not in self._owned:
+            weights = {id(slot.layer.weight) for slot in self._slots}
+            self._owned[optimizer] = any(
+                id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]
+            )
+        if self._owned[optimizer]:
+            self._step.add_(1)
+            self._draw()
+            self._mix()
+
+    def _draw(self) -> None:
+        """Seeds of the present step. Distinct Philox keys give independent streams, so consecutive keys will do.
+
+        On the device and in place, so that in a captured CUDA graph every replay draws its own masks.
+        """
+        draws = self._step * 0 if self.every == math.inf else self._step // int(self.every)
+        torch.add(self._offsets, draws * self._offsets.numel() + self._base, out=self._seeds)
+
+    def _mix(self) -> None:
+        """Writes Phi of every layer, one launch for each p and mask."""
+        if self._dtype is None or not self.premix:
+            return
+        batches: dict[tuple[float, str, str], list[_Slot]] = {}
+        for slot in self._slots:
+            backend = slot.prepare(self._dtype)
+            if backend is not None:
+                batches.setdefault((slot.layer.p, slot.layer.mask, backend), []).append(slot)
+        for (p, mask, backend), slots in batches.items():
+            mixed = [slot.mixed for slot in slots if slot.mixed is not None]
+            weights, targets = zip(*(slot.operands() for slot in slots), strict=True)
+            seeds = torch.cat([slot.seed for slot in slots])
+            with torch.no_grad():
+                backends.load(backend).mixout_list(mixed, list(weights), list(targets), seeds, p, mask)
+            # Written behind autograd's back: a backward that still needs the old Phi must fail, not use the new one.
+            torch.autograd.graph.increment_version(mixed)
+            for slot in slots:
+                slot.state = slot.present_state()
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._mix()
+
+
+class _SharedInput:
+    """x[:, kept] of the siblings' present input, held until the last of them has read it."""
+
+    def __init__(self, siblings: int) -> None:
+        self.siblings = siblings
+        self.input: Tensor | None = None
+        self.kept: Tensor | None = None
+        self.readers = 0
+
+    def get(self, input: Tensor) -> Tensor | None:
+        if self.input is not input:
+            return None
+        kept = self.kept
+        self.readers += 1
+        if self.readers == self.siblings:
+            self.input = self.kept = None
+        return kept
+
+    def put(self, input: Tensor, kept: Tensor) -> None:
+        self.input, self.kept, self.readers = input, kept, 1
+
+
+class _Slot:
+    """A layer's place in a sampler: its seed, its Phi, and what Phi was made from."""
+
+    def __init__(
+        self, sampler: MixSampler, layer: MixLinear | MixConv1D, seeds: Tensor, group: int, shared: _SharedInput
+    ) -> None:
+        self.sampler = sampler
+        self.layer = layer
+        self.seed = seeds[group : group + 1]
+        self.shared = shared
+        self.mixed: Tensor | None = None
+        self.state: tuple[Any, ...] = ()
+
+    def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+        layer, dtype = self.layer, compute_dtype(input)
+        mixed = self._present_mixed(dtype)
+        share = self.shared.siblings > 1 and not torch.compiler.is_compiling()
+        kept = self.shared.get(input) if share else None
+        y, gathered = sampled_linear(
+            input, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
+        )
+        if share and kept is None and gathered is not None and gathered.numel() > 0:
+            self.shared.put(input, gathered)
+        return y
+
+    def _present_mixed(self, dtype: torch.dtype) -> Tensor | None:
+        if not self.sampler.premix:
+            return None
+        if not torch.compiler.is_compiling() and (self.state != self.present_state() or self.sampler._dtype != dtype):
+            self.sampler.refresh(dtype)
+        return self.mixed if self.mixed is not None and self.mixed.dtype == dtype else None
+
+    def present_state(self) -> tuple[Any, ...]:
+        """Changes when the weight or the target does: loaded, moved, stepped, tracked."""
+        tensors = (self.layer.weight, self.layer.target)
+        return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and target as ``[out, in]``."""
+        weight, target = self.layer.weight.detach(), self.layer.target
+        if isinstance(self.layer, MixConv1D):
+            return weight.t(), None if target is None else target.t()
+        return weight, target
+
+    def prepare(self, dtype: torch.dtype) -> str | None:
+        """The backend that mixes this layer, with room for its Phi; None where mixing ahead does not apply.
+
+        With target zero and a neuron mask it does not: the products then need the kept columns alone.
+        """
+        weight, target = self.operands()
+        zero_columns = target is None and self.layer.mask == "neuron"
+        if self.layer.p in (0, 1) or zero_columns or weight.dtype == torch.float64 != dtype:
+            return None
+        target_dtype = weight.dtype if target is None else target.dtype
+        backend = backends.choose(None, None, weight.device.type, weight.dtype, target_dtype, dtype)
+        if backend == "reference":
+            return None
+        if self.mixed is None or (self.mixed.dtype, self.mixed.device) != (dtype, weight.device):
+            self.mixed = torch.empty_like(weight, dtype=dtype)
+        return backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied layer has no sampler: nothing would advance the copy's masks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _groups(layers: dict[str, MixLinear | MixConv1D], share_masks: Iterable[Sequence[str]]) -> dict[str, int]:
+    """The number of each layer's mask: the same for siblings that share one."""
+    together = {}
+    for k, names in enumerate(share_masks):
+        if isinstance(names, str):
+            raise TypeError(f"MixSampler: share_masks: expected groups of names, got the string {names!r}")
+        together.update(dict.fromkeys(names, k))
+    numbers: dict[Any, int] = {}
+    groups = {}
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        key: Any = name
+        if layer.mask == "neuron" and attribute in together:
+            in_features = layer.nx if isinstance(layer, MixConv1D) else layer.in_features
+            key = (parent, together[attribute], layer.p, in_features)
+        groups[name] = numbers.setdefault(key, len(numbers))
+    return groups
+
+
+def _base_seed(seed: int | None, same_on_all_ranks: bool) -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if seed is None:
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).item())
+    elif isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"MixSampler: seed: expected an int of 64 bits or None, got {seed!r}")
+    if not distributed:
+        return seed
+    if same_on_all_ranks:
+        box = [seed]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+    # Far apart, so that the consecutive keys of one rank never reach those of another.
+    shifted = seed + torch.distributed.get_rank() * 0x9E3779B97F4A7C15
+    return (shifted + 2**63) % 2**64 - 2**63
+
+
+def _call_weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """``method`` without keeping its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(*arguments)
+
+    return call
