@@ -5,6 +5,7 @@ from .convert import DEFAULT_HEADS, Report, apply_mixout, remove_mixout
 from .functional import keep_mask, mix_linear, mixout
 from .modules import MixConv1D, MixLinear
 from .sampler import MixSampler
+from .targets import decay_to_target, track_targets
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "MixSampler",
     "Report",
     "apply_mixout",
+    "decay_to_target",
     "keep_mask",
     "mix_linear",
     "mixout",
     "reference",
     "remove_mixout",
+    "track_targets",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .functional import Mask, check_mixout
@@ -24,6 +26,9 @@ DEFAULT_HEADS = (
     "multiple_choice_head",
     "regressor",
 )
+
+# The attribute in which DistributedDataParallel looks for names to leave alone.
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 # Where the dropout rates of a module are kept while mixout is in the model.
 _RATES_ATTRIBUTE = "_dropout_before_mixout"
@@ -65,6 +70,8 @@ def apply_mixout(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = DEFAULT_HEADS,
     disable_dropout: bool = True,
+    targets: Mapping[str, Tensor] | str | Path | None = None,
+    target_dtype: torch.dtype | None = None,
 ) -> Report:
     """Swaps the linear layers of a pretrained model for mixout ones, in place, each with its present weight as target.
 
@@ -81,27 +88,29 @@ def apply_mixout(
         exclude: patterns of modules to leave alone, by default heads that are not pretrained.
         disable_dropout: set the rate of every dropout in the model to 0 (mixout replaces it, paper section 6.1):
             ``nn.Dropout`` modules, and float attributes of modules whose name contains "dropout".
+        targets: other targets than the present weights: a state_dict, or the path of a checkpoint (a .safetensors file,
+            a ``torch.save`` file, or a folder with ``model.safetensors``), with the names of this model.
+        target_dtype: None keeps the targets in their parameter's dtype; ``torch.bfloat16`` halves a float32 model's.
 
     Returns:
         A :class:`Report` that lists every module with what was done.
 
     Raises:
-        ValueError: if nothing matches, if the model has mixout already, or if p or mask does not fit. The model is
-            then unchanged.
+        ValueError: if nothing matches, if the model has mixout already, or if p, mask or a target does not fit. The
+            model is then unchanged.
+        FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
     places = list(_places(model))
     if any(isinstance(module, (MixLinear, MixConv1D)) for _, _, _, module in places):
         raise ValueError("apply_mixout: model: expected one without mixout; call remove_mixout(model) first")
-    included = None if include is None else _patterns("include", include)
-    excluded = _patterns("exclude", exclude)
+    included = None if include is None else patterns("include", include)
+    excluded = patterns("exclude", exclude)
 
     report = Report(p, mask)
     matched: list[tuple[str, nn.Module, str, nn.Module]] = []
     for name, parent, attribute, module in places:
         reason = _reason_to_skip(name, module, included, excluded)
         if reason is None:
-            weight = module.get_parameter("weight")
-            check_mixout("apply_mixout", weight, None, p, mask)
             matched.append((name, parent, attribute, module))
         elif reason:
             report.skipped[name] = reason
@@ -112,28 +121,71 @@ def apply_mixout(
             f"exclude={exclude!r}, got {len(linears)} linear layers: {', '.join(linears[:8]) or 'none'}"
         )
 
-    targets: dict[int, Tensor] = {}
+    frozen = _frozen_targets(matched, targets, target_dtype, p, mask)
     replacements: dict[int, nn.Module] = {}
     for name, parent, attribute, module in matched:
         if id(module) not in replacements:
-            weight = module.get_parameter("weight")
-            if id(weight) not in targets:
-                targets[id(weight)] = frozen_copy(weight)
-            target = targets[id(weight)]
+            target = frozen[id(module.get_parameter("weight"))]
             if isinstance(module, nn.Linear):
                 replacements[id(module)] = MixLinear.from_linear(module, p=p, target=target, mask=mask)
             else:
                 replacements[id(module)] = MixConv1D.from_conv1d(module, p=p, target=target, mask=mask)
         setattr(parent, attribute, replacements[id(module)])
         report.mixed[name] = f"{type(replacements[id(module)]).__name__} {list(module.get_parameter('weight').shape)}"
-    report.target_bytes = sum(target.numel() * target.element_size() for target in targets.values())
+    report.target_bytes = sum(target.numel() * target.element_size() for target in frozen.values())
+    _keep_targets_out_of_ddp(model)
     if disable_dropout:
         report.dropout = _disable_dropout(model)
     return report
 
 
+def _keep_targets_out_of_ddp(model: nn.Module) -> None:
+    """DistributedDataParallel broadcasts every buffer in every forward; the targets are equal on all ranks already."""
+    names = {f"{name}.target" for name, module in model.named_modules() if isinstance(module, (MixLinear, MixConv1D))}
+    ignored = set(getattr(model, _DDP_IGNORED, ()))
+    setattr(model, _DDP_IGNORED, [*(ignored - names), *sorted(names)])
+
+
+def _frozen_targets(
+    matched: list[tuple[str, nn.Module, str, nn.Module]],
+    source: Mapping[str, Tensor] | str | Path | None,
+    dtype: torch.dtype | None,
+    p: float,
+    mask: Mask,
+) -> dict[int, Tensor]:
+    """One frozen target for each distinct weight, by the weight's id."""
+    state = _read_checkpoint(Path(source)) if isinstance(source, (str, Path)) else source
+    frozen: dict[int, Tensor] = {}
+    for name, _, _, module in matched:
+        weight = module.get_parameter("weight")
+        if id(weight) in frozen:
+            continue
+        key = f"{name}.weight"
+        if state is not None and key not in state:
+            raise ValueError(f"apply_mixout: targets: expected an entry {key!r}, got {len(state)} others")
+        origin = weight if state is None else state[key]
+        # Copied, and only then cast: .to() of the same dtype would alias the weight or the caller's tensor.
+        target = frozen_copy(origin).to(device=weight.device, dtype=dtype or weight.dtype)
+        check_mixout("apply_mixout", weight, target, p, mask)
+        frozen[id(weight)] = target
+    return frozen
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"apply_mixout: targets: expected a checkpoint, got no file at {file}")
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def remove_mixout(model: nn.Module) -> None:
     """Puts the plain modules back, in place, and restores the dropout rates; trained weights stay as they are.
+
+    A :class:`mixout_kernels.MixSampler` of the model is removed too.
 
     Raises:
         ValueError: if there is no mixout in the model.
@@ -141,11 +193,16 @@ def remove_mixout(model: nn.Module) -> None:
     matched = [place for place in _places(model) if isinstance(place[3], (MixLinear, MixConv1D))]
     if not matched:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
+    for _, _, _, module in matched:
+        if module.slot is not None:
+            module.slot.sampler.remove()
     plain: dict[int, nn.Module] = {}
     for _, parent, attribute, module in matched:
         if id(module) not in plain:
             plain[id(module)] = to_plain(module)  # type: ignore[arg-type]
         setattr(parent, attribute, plain[id(module)])
+    gone = {f"{name}.target" for name, _, _, _ in matched}
+    setattr(model, _DDP_IGNORED, [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone])
     for module in model.modules():
         for attribute, rate in module.__dict__.pop(_RATES_ATTRIBUTE, {}).items():
             setattr(module, attribute, rate)
@@ -177,18 +234,18 @@ def _reason_to_skip(
         return ""
     if type(module) is not nn.Linear and not _is_conv1d(module):
         return f"{type(module).__name__} is a subclass of Linear: its weight may be read without its forward"
-    if pattern := next((pattern for pattern in excluded if _matches(name, pattern)), None):
+    if pattern := next((pattern for pattern in excluded if matches(name, pattern)), None):
         return f"excluded by {pattern!r}"
-    if included is not None and not any(_matches(name, pattern) for pattern in included):
+    if included is not None and not any(matches(name, pattern) for pattern in included):
         return "not included"
     return None
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
 
 
-def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
+def patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
         raise TypeError(f"apply_mixout: {argument}: expected a list of patterns, got the string {patterns!r}")
     return tuple(patterns)
