@@ -190,16 +190,19 @@ def remove_mixout(model: nn.Module) -> None:
     Raises:
         ValueError: if there is no mixout in the model.
     """
-    matched = [place for place in _places(model) if isinstance(place[3], (MixLinear, MixConv1D))]
+    matched = [
+        (name, parent, attribute, module)
+        for name, parent, attribute, module in _places(model)
+        if isinstance(module, (MixLinear, MixConv1D))
+    ]
     if not matched:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
-    for _, _, _, module in matched:
-        if module.slot is not None:
-            module.slot.sampler.remove()
+    for sampler in {module.slot.sampler for _, _, _, module in matched if module.slot is not None}:
+        sampler.remove()
     plain: dict[int, nn.Module] = {}
     for _, parent, attribute, module in matched:
         if id(module) not in plain:
-            plain[id(module)] = to_plain(module)  # type: ignore[arg-type]
+            plain[id(module)] = to_plain(module)
         setattr(parent, attribute, plain[id(module)])
     gone = {f"{name}.target" for name, _, _, _ in matched}
     setattr(model, _DDP_IGNORED, [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone])
@@ -212,8 +215,8 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]
     """Every (name, parent, attribute, module); a module that is registered in several places comes once for each."""
     seen: set[tuple[int, str]] = set()
     for prefix, parent in model.named_modules(remove_duplicate=False):
-        for attribute, module in parent.named_children():
-            if (id(parent), attribute) not in seen:
+        for attribute, module in parent._modules.items():  # named_children() drops a second name of the same module
+            if module is not None and (id(parent), attribute) not in seen:
                 seen.add((id(parent), attribute))
                 yield f"{prefix}.{attribute}".lstrip("."), parent, attribute, module
 
@@ -234,6 +237,8 @@ def _reason_to_skip(
         return ""
     if type(module) is not nn.Linear and not _is_conv1d(module):
         return f"{type(module).__name__} is a subclass of Linear: its weight may be read without its forward"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed, not a Parameter"
     if pattern := next((pattern for pattern in excluded if matches(name, pattern)), None):
         return f"excluded by {pattern!r}"
     if included is not None and not any(matches(name, pattern) for pattern in included):

@@ -133,9 +133,13 @@ def sampled_linear(
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes: autocast's where autocast would cast this input, or the input's."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if _autocast_enabled(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return input.dtype
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def mixout(
@@ -198,6 +202,8 @@ def keep_mask(seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask 
     shape = tuple(shape)
     if not shape or any(not isinstance(n, int) or n < 0 for n in shape):
         raise ValueError(f"keep_mask: shape: expected one or more sizes >= 0, got {shape}")
+    if seed is None:
+        raise TypeError("keep_mask: seed: expected an int or an int64 tensor, got None")
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
     seed = _seed_tensor("keep_mask", seed, device)
     chosen = backends.choose(None, None, device.type, *[torch.float32] * 3)
@@ -295,7 +301,7 @@ def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if input.device != weight.device:
         raise ValueError(f"mix_linear: input: expected the weight's device {weight.device}, got {input.device}")
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _autocast_enabled(input.device.type)
     if input.dtype != weight.dtype and not autocast:
         raise TypeError(f"mix_linear: input: expected the weight's dtype {weight.dtype}, got {input.dtype}")
     if bias is None:

@@ -125,9 +125,10 @@ def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
 def shallow_copy(module: nn.Module, cls: type[Any]) -> Any:
     """A module of class ``cls`` with the Parameters, buffers, hooks and attributes of ``module``."""
     copy: Any = object.__new__(cls)
-    copy.__dict__ = {
-        name: value.copy() if isinstance(value, (dict, set)) else value for name, value in module.__dict__.items()
-    }
+    copy.__dict__ = dict(module.__dict__)
+    # What a module registers is its own; the dicts of hooks are shared, since a hook's handle removes it from its dict.
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        copy.__dict__[name] = module.__dict__[name].copy()
     return copy
 
 

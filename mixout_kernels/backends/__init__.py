@@ -48,6 +48,8 @@ def choose(
 ) -> str:
     """The backend to use: ``name`` if it can do this, or else an error that says why; for None the first that can."""
     if name == "reference":
+        if schedule is not None:
+            raise RuntimeError(f"schedule={schedule!r} was asked for, but the reference follows none")
         return name
     for candidate in PREFERENCE.get(device, ()) if name is None else (name,):
         reason = _reason_against(candidate, schedule, device, weight, target, compute)
