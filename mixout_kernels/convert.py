@@ -200,10 +200,10 @@ def remove_mixout(model: nn.Module) -> None:
     for sampler in {module.slot.sampler for _, _, _, module in matched if module.slot is not None}:
         sampler.remove()
     plain: dict[int, nn.Module] = {}
-    for _, parent, attribute, module in matched:
-        if id(module) not in plain:
-            plain[id(module)] = to_plain(module)
-        setattr(parent, attribute, plain[id(module)])
+    for _, parent, attribute, mixed in matched:
+        if id(mixed) not in plain:
+            plain[id(mixed)] = to_plain(mixed)
+        setattr(parent, attribute, plain[id(mixed)])
     gone = {f"{name}.target" for name, _, _, _ in matched}
     setattr(model, _DDP_IGNORED, [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone])
     for module in model.modules():
