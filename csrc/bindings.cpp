@@ -5,6 +5,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "cpu/kernels.h"
 #include "cpu/mixout.h"
 
 namespace py = pybind11;
@@ -23,12 +24,12 @@ py::dict build_info() {
 #else
   info["openmp"] = 0;
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  info["cpu_levels"] = std::vector<std::string>{"x86-64-v4", "x86-64-v3", "baseline"};
+#ifdef MIXOUT_CPU_LEVEL_512
+  info["cpu_levels"] = std::vector<std::string>{MIXOUT_CPU_LEVEL_512, MIXOUT_CPU_LEVEL_256, "baseline"};
   __builtin_cpu_init();
-  info["cpu_level_used"] = __builtin_cpu_supports("x86-64-v4") ? "x86-64-v4"
-      : __builtin_cpu_supports("x86-64-v3")                      ? "x86-64-v3"
-                                                                  : "baseline";
+  info["cpu_level_used"] = __builtin_cpu_supports(MIXOUT_CPU_LEVEL_512) ? MIXOUT_CPU_LEVEL_512
+      : __builtin_cpu_supports(MIXOUT_CPU_LEVEL_256)                      ? MIXOUT_CPU_LEVEL_256
+                                                                           : "baseline";
 #else
   info["cpu_levels"] = std::vector<std::string>{"baseline"};
   info["cpu_level_used"] = "baseline";

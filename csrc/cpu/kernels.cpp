@@ -5,14 +5,6 @@
 
 #include "../mix.h"
 
-// One copy of each loop for AVX-512, AVX2 and the baseline; the dynamic loader picks by the CPU it runs on, so a build
-// made on one machine runs on every other.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIXOUT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MIXOUT_CLONES
-#endif
-
 namespace mixout::cpu {
 
 namespace {

@@ -1,11 +1,25 @@
 // The CPU loops: single-threaded, over raw pointers, vectorised by the compiler once for each instruction-set level
-// and chosen at load time (MIXOUT_CLONES in kernels.cpp). Threads and tensors are the business of the callers.
+// and chosen at load time. Threads and tensors are the business of the callers.
 #pragma once
 
 #include <cstdint>
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+// One copy of each loop for AVX-512, AVX2 and the baseline; the dynamic loader picks by the CPU it runs on, so a build
+// made on one machine runs on every other. GCC names whole levels (with FMA and byte operations) from version 12 on.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define MIXOUT_CPU_LEVEL_512 "x86-64-v4"
+#define MIXOUT_CPU_LEVEL_256 "x86-64-v3"
+#define MIXOUT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MIXOUT_CPU_LEVEL_512 "avx512f"
+#define MIXOUT_CPU_LEVEL_256 "avx2"
+#define MIXOUT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MIXOUT_CLONES
+#endif
 
 namespace mixout::cpu {
 
