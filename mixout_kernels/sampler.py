@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from . import backends
 from .functional import compute_dtype, sampled_linear
 from .modules import MixConv1D, MixLinear
+from .targets import step_taken
 
 # Linear layers that read the same activation, by their attribute names: BERT and ViT; Llama, BART and OPT; Llama's
 # gated MLP; DistilBERT; T5 and its gated MLP. (GPT-2's attention is one Conv1D already.)
@@ -41,7 +42,7 @@ class MixSampler:
     The k-th mask is a function of (seed, k): ``state_dict`` holds the seed and the number of optimizer steps, and a
     resumed run continues with the same masks bit for bit. The sampler follows any ``torch.optim`` optimizer that holds
     one of the model's mixed weights by itself: Trainer, accelerate and GradScaler need no callback, and a step that
-    GradScaler skips draws no new masks.
+    GradScaler skips draws no new masks. Compiled code uses the sampler's masks, but mixes in each forward and backward.
 
     Args:
         model: after :func:`mixout_kernels.apply_mixout`.
@@ -78,22 +79,18 @@ class MixSampler:
         if any(layer.slot is not None for layer in layers.values()):
             raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")
         groups = _groups(layers, share_masks)
-        device = next(iter(layers.values())).weight.device
         self.every = every
         self.premix = premix
+        self.draws = 0  # how often seeds were drawn, for what must not outlive a draw
         self._base = _base_seed(seed, same_on_all_ranks)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._offsets = torch.arange(1 + max(groups.values()), device=device)
+        self._step = torch.zeros(1, dtype=torch.int64)
+        self._offsets = torch.arange(1 + max(groups.values()))
         self._seeds = torch.empty_like(self._offsets)
         shared = {number: _SharedInput(list(groups.values()).count(number)) for number in set(groups.values())}
-        self._slots = [
-            _Slot(self, layer, self._seeds, groups[name], shared[groups[name]]) for name, layer in layers.items()
-        ]
-        self._dtype: torch.dtype | None = None  # the compute dtype of the last forward
-        self._draw()
+        self._slots = [_Slot(self, layer, groups[name], shared[groups[name]]) for name, layer in layers.items()]
+        self.place(next(iter(layers.values())).weight.device)
         for slot in self._slots:
             slot.layer.slot = slot
-        self._owned: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._hook = register_optimizer_step_post_hook(_call_weakly(self._after_step))
         weakref.finalize(self, self._hook.remove)
 
@@ -116,7 +113,7 @@ class MixSampler:
         self._base = int(state["seed"])
         self._step.fill_(int(state["step"]))
         self._draw()
-        self._mix()
+        self.mix(self._slots)
 
     def remove(self) -> None:
         """Takes the sampler out of the model: every forward draws anew."""
@@ -125,15 +122,18 @@ class MixSampler:
             slot.layer.slot = None
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if optimizer not in self._owned:
-            weights = {id(slot.layer.weight) for slot in self._slots}
-            self._owned[optimizer] = any(
-                id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]
-            )
-        if self._owned[optimizer]:
-            self._step.add_(1)
+        weights = {id(slot.layer.weight) for slot in self._slots}
+        if any(id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]):
+            self._step.add_(step_taken(optimizer))
             self._draw()
-            self._mix()
+            self.mix(self._slots)
+
+    def place(self, device: torch.device) -> None:
+        """Moves the counter and the seeds to the device of the model."""
+        self._step, self._offsets, self._seeds = (t.to(device) for t in (self._step, self._offsets, self._seeds))
+        for slot in self._slots:
+            slot.seed = self._seeds[slot.group : slot.group + 1]
+        self._draw()
 
     def _draw(self) -> None:
         """Seeds of the present step. Distinct Philox keys give independent streams, so consecutive keys will do.
@@ -142,90 +142,102 @@ class MixSampler:
         """
         draws = self._step * 0 if self.every == math.inf else self._step // int(self.every)
         torch.add(self._offsets, draws * self._offsets.numel() + self._base, out=self._seeds)
+        self.draws += 1
 
-    def _mix(self) -> None:
-        """Writes Phi of every layer, one launch for each p and mask."""
-        if self._dtype is None or not self.premix:
-            return
-        batches: dict[tuple[float, str, str], list[_Slot]] = {}
-        for slot in self._slots:
-            backend = slot.prepare(self._dtype)
-            if backend is not None:
-                batches.setdefault((slot.layer.p, slot.layer.mask, backend), []).append(slot)
-        for (p, mask, backend), slots in batches.items():
-            mixed = [slot.mixed for slot in slots if slot.mixed is not None]
-            weights, targets = zip(*(slot.operands() for slot in slots), strict=True)
-            seeds = torch.cat([slot.seed for slot in slots])
-            with torch.no_grad():
-                backends.load(backend).mixout_list(mixed, list(weights), list(targets), seeds, p, mask)
-            # Written behind autograd's back: a backward that still needs the old Phi must fail, not use the new one.
-            torch.autograd.graph.increment_version(mixed)
+    def mix(self, slots: Iterable[_Slot]) -> None:
+        """Writes Phi of these layers, one launch for each p, mask and backend."""
+        # Phi made in inference mode could never be saved for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            batches: dict[tuple[float, str, str], list[_Slot]] = {}
             for slot in slots:
-                slot.state = slot.present_state()
-
-    def refresh(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._mix()
+                backend = slot.prepare()
+                if backend is not None:
+                    batches.setdefault((slot.layer.p, slot.layer.mask, backend), []).append(slot)
+            for (p, mask, backend), batch in batches.items():
+                mixed = [slot.mixed for slot in batch if slot.mixed is not None]
+                weights, targets = zip(*(slot.operands() for slot in batch), strict=True)
+                seeds = torch.cat([slot.seed for slot in batch])
+                backends.load(backend).mixout_list(mixed, list(weights), list(targets), seeds, p, mask)
+                # Written behind autograd's back: a backward that still needs the old Phi must fail, not use the new.
+                torch.autograd.graph.increment_version(mixed)
 
 
 class _SharedInput:
-    """x[:, kept] of the siblings' present input, held until the last of them has read it."""
+    """x[:, kept] that the first of some siblings has gathered, for the others to save.
+
+    Held until all have read it, or the input is gone.
+    """
 
     def __init__(self, siblings: int) -> None:
         self.siblings = siblings
-        self.input: Tensor | None = None
+        self.key: tuple[int, int] = (0, 0)
+        self.input: weakref.ref[Tensor] | None = None
         self.kept: Tensor | None = None
         self.readers = 0
 
-    def get(self, input: Tensor) -> Tensor | None:
-        if self.input is not input:
+    def get(self, input: Tensor, draw: int) -> Tensor | None:
+        # The same object, unchanged since, under the same masks.
+        if self.input is None or self.input() is not input or self.key != (input._version, draw):
             return None
         kept = self.kept
         self.readers += 1
         if self.readers == self.siblings:
-            self.input = self.kept = None
+            self.clear()
         return kept
 
-    def put(self, input: Tensor, kept: Tensor) -> None:
-        self.input, self.kept, self.readers = input, kept, 1
+    def put(self, input: Tensor, draw: int, kept: Tensor) -> None:
+        self.input = weakref.ref(input, self.clear)
+        self.key, self.kept, self.readers = (input._version, draw), kept, 1
+
+    def clear(self, reference: weakref.ref[Tensor] | None = None) -> None:
+        if reference is None or reference is self.input:
+            self.input = self.kept = None
 
 
 class _Slot:
     """A layer's place in a sampler: its seed, its Phi, and what Phi was made from."""
 
-    def __init__(
-        self, sampler: MixSampler, layer: MixLinear | MixConv1D, seeds: Tensor, group: int, shared: _SharedInput
-    ) -> None:
+    seed: Tensor
+
+    def __init__(self, sampler: MixSampler, layer: MixLinear | MixConv1D, group: int, shared: _SharedInput) -> None:
         self.sampler = sampler
         self.layer = layer
-        self.seed = seeds[group : group + 1]
+        self.group = group
         self.shared = shared
+        self.dtype: torch.dtype | None = None  # the compute dtype of the last forward
         self.mixed: Tensor | None = None
-        self.state: tuple[Any, ...] = ()
+        self.made_from: tuple[Any, ...] = ()
 
     def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
-        layer, dtype = self.layer, compute_dtype(input)
-        mixed = self._present_mixed(dtype)
-        share = self.shared.siblings > 1 and not torch.compiler.is_compiling()
-        kept = self.shared.get(input) if share else None
+        layer, sampler = self.layer, self.sampler
+        # Compiled and transformed code cannot look at versions and addresses, so it could not tell that a Phi or an
+        # x[:, kept] has gone stale: it mixes and gathers itself, with the same seed.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return sampled_linear(input, weight, target, bias, layer.p, layer.mask, self.seed)[0]
+        if self.seed.device != weight.device:
+            sampler.place(weight.device)
+        mixed = self._present_mixed(compute_dtype(input)) if sampler.premix else None
+        share = self.shared.siblings > 1
+        kept = self.shared.get(input, sampler.draws) if share else None
         y, gathered = sampled_linear(
             input, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
         )
         if share and kept is None and gathered is not None and gathered.numel() > 0:
-            self.shared.put(input, gathered)
+            self.shared.put(input, sampler.draws, gathered)
         return y
 
     def _present_mixed(self, dtype: torch.dtype) -> Tensor | None:
-        if not self.sampler.premix:
-            return None
-        if not torch.compiler.is_compiling() and (self.state != self.present_state() or self.sampler._dtype != dtype):
-            self.sampler.refresh(dtype)
-        return self.mixed if self.mixed is not None and self.mixed.dtype == dtype else None
+        if self.made_from != self._origin(dtype):
+            self.dtype = dtype
+            self.sampler.mix([self])
+        return self.mixed
 
-    def present_state(self) -> tuple[Any, ...]:
-        """Changes when the weight or the target does: loaded, moved, stepped, tracked."""
-        tensors = (self.layer.weight, self.layer.target)
-        return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
+    def _origin(self, dtype: torch.dtype | None) -> tuple[Any, ...]:
+        """Changes when Phi must be made anew: the weight or the target was loaded, moved, stepped or tracked."""
+        layer = self.layer
+        tensors = (layer.weight, layer.target)
+        versions = tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
+        return dtype, layer.p, layer.mask, versions
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Weight and target as ``[out, in]``."""
@@ -234,21 +246,23 @@ class _Slot:
             return weight.t(), None if target is None else target.t()
         return weight, target
 
-    def prepare(self, dtype: torch.dtype) -> str | None:
+    def prepare(self) -> str | None:
         """The backend that mixes this layer, with room for its Phi; None where mixing ahead does not apply.
 
         With target zero and a neuron mask it does not: the products then need the kept columns alone.
         """
+        self.made_from = self._origin(self.dtype)
         weight, target = self.operands()
         zero_columns = target is None and self.layer.mask == "neuron"
-        if self.layer.p in (0, 1) or zero_columns or weight.dtype == torch.float64 != dtype:
-            return None
-        target_dtype = weight.dtype if target is None else target.dtype
-        backend = backends.choose(None, None, weight.device.type, weight.dtype, target_dtype, dtype)
+        backend = "reference"
+        if self.sampler.premix and self.dtype is not None and self.layer.p not in (0, 1) and not zero_columns:
+            target_dtype = weight.dtype if target is None else target.dtype
+            backend = backends.choose(None, None, weight.device.type, weight.dtype, target_dtype, self.dtype)
         if backend == "reference":
+            self.mixed = None
             return None
-        if self.mixed is None or (self.mixed.dtype, self.mixed.device) != (dtype, weight.device):
-            self.mixed = torch.empty_like(weight, dtype=dtype)
+        if self.mixed is None or (self.mixed.dtype, self.mixed.device) != (self.dtype, weight.device):
+            self.mixed = torch.empty_like(weight, dtype=self.dtype)
         return backend
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:

@@ -42,27 +42,35 @@ def decay_to_target(
     if not decay >= 0:
         raise ValueError(f"decay_to_target: decay: expected a number >= 0, got {decay!r}")
     excluded = patterns("exclude", exclude)
-    targets: dict[Tensor, Tensor] = {}
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    mixed: dict[Tensor, MixLinear | MixConv1D] = {}
+    frozen: dict[Tensor, Tensor] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
-            if parameter in targets or any(matches(name, pattern) for pattern in excluded):
+            seen = parameter in mixed or parameter in frozen
+            if seen or parameter not in held or any(matches(name, pattern) for pattern in excluded):
                 continue
-            is_mixed = isinstance(module, (MixLinear, MixConv1D)) and parameter is module.weight
-            target = module.target if is_mixed else None
-            targets[parameter] = frozen_copy(parameter) if not isinstance(target, Tensor) else target
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    targets = {parameter: target for parameter, target in targets.items() if parameter in held}
-    if not targets:
+            if isinstance(module, (MixLinear, MixConv1D)) and parameter is module.weight and module.target is not None:
+                mixed[parameter] = module
+            else:
+                frozen[parameter] = frozen_copy(parameter)
+    if not mixed and not frozen:
         raise ValueError(
             "decay_to_target: optimizer: expected one that holds parameters of the model outside "
             f"exclude={tuple(excluded)!r}, got none"
         )
 
+    def target_of(weight: Tensor) -> Tensor:
+        if weight in mixed and mixed[weight].target is not None:
+            return mixed[weight].target  # type: ignore[return-value]
+        frozen[weight] = frozen[weight].to(weight.device)  # the model may have moved since
+        return frozen[weight]
+
     @torch.no_grad()
     def pull(optimizer: Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
-            weights = [parameter for parameter in group["params"] if parameter in targets and parameter.requires_grad]
-            _lerp(weights, [targets[weight] for weight in weights], group["lr"] * decay)
+            weights = [w for w in group["params"] if w.requires_grad and (w in mixed or w in frozen)]
+            _lerp(weights, [target_of(weight) for weight in weights], group["lr"] * decay * step_taken(optimizer))
 
     return optimizer.register_step_post_hook(pull)
 
@@ -86,18 +94,23 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"track_targets: decay: expected a number in [0, 1], got {decay!r}")
-    targets: dict[Tensor, Tensor] = {}  # tied weights share one target, which must move once a step
-    for module in model.modules():
-        if isinstance(module, (MixLinear, MixConv1D)) and module.target is not None:
-            targets[module.target] = module.weight
-    if not targets:
+    layers = [m for m in model.modules() if isinstance(m, (MixLinear, MixConv1D)) and m.target is not None]
+    if not layers:
         raise ValueError("track_targets: model: expected one with mixout layers that have a target, got none")
 
     @torch.no_grad()
-    def follow(*_: Any) -> None:
-        _lerp(list(targets), list(targets.values()), 1 - decay)
+    def follow(optimizer: Optimizer, *_: Any) -> None:
+        # Looked up at every step, since a model may move; by target, since tied weights share one, which moves once.
+        weights = {layer.target: layer.weight for layer in layers if layer.target is not None}
+        _lerp(list(weights), list(weights.values()), (1 - decay) * step_taken(optimizer))
 
     return optimizer.register_step_post_hook(follow)
+
+
+def step_taken(optimizer: Optimizer) -> int | Tensor:
+    """1, or on the device 0 for a step that GradScaler let a fused optimizer skip: it calls step() all the same."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return 1 if found_inf is None else (1 - found_inf).to(torch.int64)
 
 
 def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
