@@ -205,7 +205,11 @@ def remove_mixout(model: nn.Module) -> None:
             plain[id(mixed)] = to_plain(mixed)
         setattr(parent, attribute, plain[id(mixed)])
     gone = {f"{name}.target" for name, _, _, _ in matched}
-    setattr(model, _DDP_IGNORED, [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone])
+    ignored = [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone]
+    if ignored:
+        setattr(model, _DDP_IGNORED, ignored)
+    else:
+        model.__dict__.pop(_DDP_IGNORED, None)
     for module in model.modules():
         for attribute, rate in module.__dict__.pop(_RATES_ATTRIBUTE, {}).items():
             setattr(module, attribute, rate)
