@@ -119,7 +119,8 @@ class MixSampler:
         """Takes the sampler out of the model: every forward draws anew."""
         self._hook.remove()
         for slot in self._slots:
-            slot.layer.slot = None
+            if slot.layer.slot is slot:
+                slot.layer.slot = None
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         weights = {id(slot.layer.weight) for slot in self._slots}
@@ -170,14 +171,14 @@ class _SharedInput:
 
     def __init__(self, siblings: int) -> None:
         self.siblings = siblings
-        self.key: tuple[int, int] = (0, 0)
+        self.key: tuple[Any, ...] = ()
         self.input: weakref.ref[Tensor] | None = None
         self.kept: Tensor | None = None
         self.readers = 0
 
-    def get(self, input: Tensor, draw: int) -> Tensor | None:
-        # The same object, unchanged since, under the same masks.
-        if self.input is None or self.input() is not input or self.key != (input._version, draw):
+    def get(self, input: Tensor, dtype: torch.dtype, draw: int) -> Tensor | None:
+        # The same object, unchanged since, cast alike, under the same masks.
+        if self.input is None or self.input() is not input or self.key != (input._version, dtype, draw):
             return None
         kept = self.kept
         self.readers += 1
@@ -185,9 +186,9 @@ class _SharedInput:
             self.clear()
         return kept
 
-    def put(self, input: Tensor, draw: int, kept: Tensor) -> None:
+    def put(self, input: Tensor, dtype: torch.dtype, draw: int, kept: Tensor) -> None:
         self.input = weakref.ref(input, self.clear)
-        self.key, self.kept, self.readers = (input._version, draw), kept, 1
+        self.key, self.kept, self.readers = (input._version, dtype, draw), kept, 1
 
     def clear(self, reference: weakref.ref[Tensor] | None = None) -> None:
         if reference is None or reference is self.input:
@@ -216,14 +217,15 @@ class _Slot:
             return sampled_linear(input, weight, target, bias, layer.p, layer.mask, self.seed)[0]
         if self.seed.device != weight.device:
             sampler.place(weight.device)
-        mixed = self._present_mixed(compute_dtype(input)) if sampler.premix else None
+        dtype = compute_dtype(input)
+        mixed = self._present_mixed(dtype) if sampler.premix else None
         share = self.shared.siblings > 1
-        kept = self.shared.get(input, sampler.draws) if share else None
+        kept = self.shared.get(input, dtype, sampler.draws) if share else None
         y, gathered = sampled_linear(
             input, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
         )
         if share and kept is None and gathered is not None and gathered.numel() > 0:
-            self.shared.put(input, sampler.draws, gathered)
+            self.shared.put(input, dtype, sampler.draws, gathered)
         return y
 
     def _present_mixed(self, dtype: torch.dtype) -> Tensor | None:
