@@ -1,5 +1,5 @@
-# make test | make bench | make finetune need nothing but python3, make, a C++ compiler and a network for packages.
-# PY=python3 uses an environment of your own instead of .venv (on a GPU machine with its own torch, say).
+# make test | make finetune | make bench need nothing but python3, make, a C++ compiler and a network for packages.
+# PY=python3 uses an environment of your own in place of .venv: on a GPU machine with its own torch, say.
 PYTHON ?= python3
 VENV ?= .venv
 PY ?= $(VENV)/bin/python
@@ -10,43 +10,66 @@ RESTARTS ?=
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda lint format bench finetune codegen gpu sanitize clean
+.PHONY: help test test-core test-triton test-cuda lint format finetune bench bench-step codegen gpu sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
+# torch first and alone, in the pinned version: no other package may choose it.
 $(VENV)/.installed: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' $<)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(VENV)/bin/python $(PIP_INSTALL) "$$(grep '^torch==' $<)"
+	$(VENV)/bin/python $(PIP_INSTALL) -r $<
 	touch $@
 
 # Without build isolation: the extension must be compiled against the torch that will load it.
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
-	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	mkdir -p $(dir $@) && touch $@
 
 test: test-core test-triton test-cuda  ## the whole test suite, without a GPU
 
-test-core: $(BUILT)
+test-core: $(BUILT)  ## the package on this machine: mathematics, modules, whole models, the benchmarks' own parts
 	$(PY) -m pytest tests --ignore=tests/triton --ignore=tests/cuda $(ARGS)
 
-test-triton: $(BUILT)
+test-triton: $(BUILT)  ## the Triton kernels: executed by the interpreter, and compiled for GPUs that need not be there
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(ARGS)
+	$(PY) -m pytest tests/triton $(ARGS)
 
-test-cuda: $(BUILT)
+test-cuda: $(BUILT)  ## the CUDA kernels: executed on the host, and compiled for GPUs that need not be there
 	$(PY) -m pytest tests/cuda $(ARGS)
 
-lint: $(ENVIRONMENT)  ## ruff and mypy
+lint: $(ENVIRONMENT)  ## ruff, and mypy on the package
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-format: $(ENVIRONMENT)  ## apply ruff's fixes and format
+format: $(ENVIRONMENT)  ## apply ruff's fixes and its format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## remove what was built (not the environment, not the cache)
+finetune: $(BUILT)  ## the main job: MiniLM fine-tuned with dropout and with mixout; ARGS=--help lists its options
+	$(PY) -m benchmarks.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
+
+bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
+	$(PY) -m benchmarks.layers --output $(OUT)/bench $(ARGS)
+
+bench-step: $(BUILT)  ## whole training steps: a table and a plot
+	$(PY) -m benchmarks.step --output $(OUT)/step $(ARGS)
+
+codegen: $(BUILT)  ## what ptxas makes of every GPU kernel: registers, shared memory, spills
+	$(PY) -m benchmarks.codegen_triton $(ARGS)
+	$(PY) -m benchmarks.codegen_cuda --check $(ARGS)
+
+gpu: $(BUILT)  ## the whole test suite on the GPU of this machine
+	$(PY) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch finds no GPU here')"
+	$(PY) -m pytest tests $(ARGS)
+
+sanitize: $(BUILT)  ## the CUDA tests under compute-sanitizer, on a GPU
+	PATH="$(abspath $(dir $(PY))):$$PATH" bash tests/cuda/sanitize.sh
+
+clean:  ## remove what was built; the environment and the cache of downloads stay
 	rm -rf build results *.egg-info mixout_kernels/*.so
