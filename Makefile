@@ -69,7 +69,7 @@ gpu: $(BUILT)  ## the whole test suite on the GPU of this machine
 	$(PY) -m pytest tests $(ARGS)
 
 sanitize: $(BUILT)  ## the CUDA tests under compute-sanitizer, on a GPU
-	PATH="$(abspath $(dir $(PY))):$$PATH" bash tests/cuda/sanitize.sh
+	sh tests/cuda/sanitize.sh $(PY)
 
 clean:  ## remove what was built; the environment and the cache of downloads stay
 	rm -rf build results *.egg-info mixout_kernels/*.so
