@@ -1,4 +1,4 @@
-"""Loads the compiled extension ``mixout_kernels._C``, or says in one sentence why there is none."""
+"""Loads a compiled extension, ``_C`` (CPU) or ``_cuda``, or says in one sentence why there is none."""
 
 from __future__ import annotations
 
@@ -15,28 +15,41 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps mixout_k
 
 
 @functools.cache
-def load() -> tuple[ModuleType | None, str]:
-    """The extension and an empty string, or None and the reason."""
-    spec = importlib.util.find_spec("mixout_kernels._C")
+def load(name: str = "_C") -> tuple[ModuleType | None, str]:
+    """The extension ``mixout_kernels.<name>`` and an empty string, or None and the reason."""
+    full_name = f"{__package__}.{name}"
+    spec = importlib.util.find_spec(full_name)
     if spec is None or spec.origin is None:
+        needed = "nvcc and a CUDA build of torch" if name == "_cuda" else "a C++ compiler, torch"
         return None, (
-            "mixout_kernels was installed without its compiled extension. To build it, have a C++ compiler, torch and "
-            f"ninja installed, then {REBUILD}"
+            f"mixout_kernels was installed without its compiled extension {name}. To build it, have {needed} and ninja "
+            f"installed, then {REBUILD}"
         )
-    # The version is read from the file's bytes first: after a torch upgrade, importing it may fail with an undefined
+    # The version is read from the file's bytes first: after an upgrade, importing it may fail with an undefined
     # symbol, or worse, succeed and crash later.
-    found = re.search(rb"mixout_kernels built for torch ([^\0]+)\0", Path(spec.origin).read_bytes())
-    built_for = found.group(1).decode() if found else "unknown"
-    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
-        return None, _mismatch(built_for, "")
+    found = re.search(rb"mixout_kernels built for (\w+) ([^\0]+)\0", Path(spec.origin).read_bytes())
+    library, version = (text.decode() for text in found.groups()) if found else ("torch", "unknown")
+    if reason := _mismatch(library, version):
+        return None, f"the compiled extension {name} of mixout_kernels {reason}. To rebuild it: {REBUILD}"
     try:
-        return importlib.import_module("mixout_kernels._C"), ""
+        return importlib.import_module(full_name), ""
     except ImportError as error:
-        return None, _mismatch(built_for, f" ({error})")
+        return None, (
+            f"the compiled extension {name} of mixout_kernels was built for {library} {version} and does not load with "
+            f"torch {torch.__version__} ({error}). To rebuild it: {REBUILD}"
+        )
 
 
-def _mismatch(built_for: str, detail: str) -> str:
-    return (
-        f"the compiled extension of mixout_kernels was built for torch {built_for}, you have torch "
-        f"{torch.__version__}{detail}. To rebuild it: {REBUILD}"
-    )
+def _mismatch(library: str, version: str) -> str | None:
+    """Why an extension built for this version of torch, or of the CUDA toolkit, cannot run beside the present torch."""
+    if library == "torch" and version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"was built for torch {version}, you have torch {torch.__version__}"
+    if library == "CUDA":
+        major, minor = divmod(int(version) // 10, 100)
+        built_for = f"was built for CUDA {major}.{minor}"
+        if torch.version.cuda is None:
+            return f"{built_for}, you have torch {torch.__version__}, a build without CUDA"
+        # Within a major version the CUDA runtime is compatible both ways; across, the library has another name.
+        if torch.version.cuda.split(".")[0] != str(major):
+            return f"{built_for}, you have torch {torch.__version__} with CUDA {torch.version.cuda}"
+    return None

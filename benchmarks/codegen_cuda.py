@@ -1,0 +1,163 @@
+"""What nvcc makes of csrc/cuda: registers, shared memory and spills of every kernel, without a GPU.
+
+    python -m benchmarks.codegen_cuda                  writes docs/codegen_cuda.md
+    python -m benchmarks.codegen_cuda --check          writes nothing
+
+Either way it fails if a kernel spills, or has more registers than its threads can have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
+PAGE = REPOSITORY / "docs" / "codegen_cuda.md"
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
+FLAGS = ("-O3", "--fmad=false")  # as in setup.py
+THREADS = 256  # of every kernel
+REGISTER_LIMIT = min(255, 65536 // THREADS)
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    kernel: str
+    architecture: str
+    registers: int
+    spilled_bytes: int
+    static_shared_bytes: int
+
+    @property
+    def problem(self) -> str | None:
+        if self.spilled_bytes:
+            return f"{self.architecture} {self.kernel}: {self.spilled_bytes} bytes spilled"
+        if self.registers > REGISTER_LIMIT:
+            return f"{self.architecture} {self.kernel}: {self.registers} registers, the limit is {REGISTER_LIMIT}"
+        return None
+
+
+def compile_source(source: Path, architecture: str, result: Path) -> list[KernelUse]:
+    """Compiles one .cu file into an object and returns what ptxas says about each of its kernels."""
+    compute = architecture.replace("sm_", "compute_")
+    command = [
+        "nvcc",
+        *FLAGS,
+        "-Xcompiler",
+        "-fPIC",
+        "-Xptxas",
+        "-v",
+        "-gencode",
+        f"arch={compute},code={architecture}",
+    ]
+    run = subprocess.run([*command, "-c", str(source), "-o", str(result)], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"nvcc cannot compile {source.name} for {architecture}:\n{run.stdout}{run.stderr}")
+    return parse(run.stderr)
+
+
+def parse(ptxas: str) -> list[KernelUse]:
+    uses = []
+    for entry in _ENTRY.finditer(ptxas):
+        shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        uses.append(
+            KernelUse(
+                _readable(entry["name"]),
+                entry["architecture"],
+                int(entry["registers"]),
+                int(entry["stores"]) + int(entry["loads"]),
+                int(shared[1]) if shared else 0,
+            )
+        )
+    return uses
+
+
+def _readable(mangled: str) -> str:
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"^void |\(anonymous namespace\)::|mixout::cuda::|\(bool\)|\(int\)", "", name)
+    name = name.partition("(")[0].replace("_kernel", "")
+    for contiguous, layout in (("true", "[out, in]"), ("1", "[out, in]"), ("false", "[in, out]"), ("0", "[in, out]")):
+        name = name.replace(f", {contiguous}, ", f", {layout}, ")
+    return name
+
+
+def compile_all(architectures: Iterable[str], jobs: int) -> list[KernelUse]:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        work = [
+            (source, arch, Path(folder) / f"{source.stem}_{arch}.o") for arch in architectures for source in SOURCES
+        ]
+        return [use for uses in pool.map(lambda arguments: compile_source(*arguments), work) for use in uses]
+
+
+def page(uses: list[KernelUse], compiler: str) -> str:
+    architectures = sorted({use.architecture for use in uses}, key=lambda name: int(re.sub(r"\D", "", name)))
+    cells: dict[str, dict[str, str]] = {}
+    for use in uses:
+        cell = [str(use.registers)]
+        if use.spilled_bytes:
+            cell.append(f"{use.spilled_bytes} B spilled")
+        if use.static_shared_bytes:
+            cell.append(f"{use.static_shared_bytes} B static shared memory")
+        cells.setdefault(use.kernel, {})[use.architecture] = ", ".join(cell)
+    spilling = sum(1 for use in uses if use.spilled_bytes)
+    lines = [
+        "# What nvcc makes of csrc/cuda",
+        "",
+        f"Written by `python -m benchmarks.codegen_cuda`; nvcc {compiler}, flags `{' '.join(FLAGS)}`. Registers per",
+        f"thread; every kernel has {THREADS} threads to a block, hence at most {REGISTER_LIMIT}.",
+        f"{len(uses)} kernels were compiled, {spilling} spill. None of this was timed.",
+        "",
+        "Shared memory is dynamic. `mix_product` takes 2 to 4 stages of 32 to 48 KB, as many as the device has room for,",
+        "and at most 3 KB for the mask: two of the largest fit the 99 KB of sm_86, sm_89 and sm_120. The column kernels take",
+        "32 bytes, `mix` none.",
+        "",
+        "`mix_product<weight, target, input, weight in memory as, rows>` is the fused forward and dx;",
+        "`mix<weight, target, result, table size>` the mix of one or of many weights.",
+        "",
+        f"| kernel | {' | '.join(architectures)} |",
+        f"|---|{'---|' * len(architectures)}",
+    ]
+    for kernel, registers in sorted(cells.items()):
+        lines.append(f"| `{kernel}` | {' | '.join(registers.get(arch, '') for arch in architectures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def compiler_version() -> str:
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release [\d.]+, V([\d.]+)", text)[1]  # type: ignore[index]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="do not write the page")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
+    arguments = parser.parse_args()
+    if not shutil.which("nvcc"):
+        sys.exit("benchmarks.codegen_cuda: nvcc is not on PATH; nothing was checked")
+    uses = compile_all(ARCHITECTURES, arguments.jobs)
+    text = page(uses, compiler_version())
+    print(text)
+    if not arguments.check:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(text)
+    if problems := [use.problem for use in uses if use.problem]:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
