@@ -1,0 +1,325 @@
+"""What ptxas makes of every Triton kernel in every configuration that ships. Needs no GPU.
+
+    python -m benchmarks.codegen_triton [--arch 90] [--write docs/codegen_triton.md]
+
+The launchers of the backend are called as they ship, on CPU tensors, with a driver that compiles for a given GPU and
+launches nothing; so the configurations are theirs and are not written down here a second time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from mixout_kernels.backends import triton as backend
+from mixout_kernels.backends.triton import columns, fused_linear, mix, mix_list, weight_gradient
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block can have
+REGISTERS = 64 * 1024  # of a block
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
+_SHORT = {_BF16: "bf16", _F16: "fp16", _F32: "fp32"}
+_ROWS = (16, 64, 256)  # one for each tile of 16-bit products in fused_linear.tile_for
+_OUT, _IN, _KEPT, _P = 512, 1024, 352, 0.7
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture."""
+
+    name: str
+    configuration: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    shared: int
+    local: int
+    tensor_core: int
+    wide_loads: int
+
+    @property
+    def most_registers(self) -> int:
+        return min(255, REGISTERS // (32 * self.warps))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch: the dtypes, mask, layout and shape that choose a configuration, in words, and the call."""
+
+    configuration: str
+    launch: Callable[[], object]
+    tensor_cores: bool = False
+
+
+def cases() -> list[Case]:
+    return [*_mask_cases(), *_mix_cases(), *_column_cases(), *_fused_cases(), *_weight_gradient_cases()]
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    with _compiling_for(arch) as compiled:
+        case.launch()
+    (kernel,) = compiled
+    return _describe(kernel, case.configuration, arch)
+
+
+class _CompileOnly:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_device(self) -> int:
+        return self._arch  # Triton caches kernels per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+
+@contextmanager
+def _compiling_for(arch: int) -> Iterator[list[triton.compiler.CompiledKernel]]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 was set when triton was imported: nothing is compiled in this process")
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: object, **options: object) -> None:
+        options["warmup"] = True
+        compiled.append(run(self, *arguments, **options))
+
+    previous = driver._active
+    driver.set_active(_CompileOnly(arch))
+    try:
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(fused_linear, "shared_memory", return_value=SHARED_MEMORY[arch]),
+        ):
+            yield compiled
+    finally:
+        driver._active = previous
+
+
+def _describe(kernel: triton.compiler.CompiledKernel, configuration: str, arch: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _output("cuobjdump", "-res-usage", cubin.name)
+        sass = _output("nvdisasm", "-c", cubin.name)
+    return Compiled(
+        name=kernel.metadata.name.strip("_").removesuffix("_kernel"),
+        configuration=configuration,
+        arch=arch,
+        warps=kernel.metadata.num_warps,
+        stages=kernel.metadata.num_stages,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        shared=kernel.metadata.shared,
+        local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        tensor_core=len(re.findall(rf"\b{TENSOR_CORES[arch]}\b", sass)),
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", sass)),
+    )
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# --- the configurations -----------------------------------------------------------------------------------------------
+
+
+def _seed(count: int = 1) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+def _weight(dtype: torch.dtype, layout: str, out: int = _OUT, columns: int = _IN) -> Tensor:
+    return (
+        torch.empty(columns, out, dtype=dtype).t() if layout == "[in, out]" else torch.empty(out, columns, dtype=dtype)
+    )
+
+
+def _mask_cases() -> Iterator[Case]:
+    yield Case("any", lambda: backend.keep_mask(_seed(), _P, (_IN,), "neuron"))
+
+
+def _mix_cases() -> Iterator[Case]:
+    for w, u, phi in ((_BF16,) * 3, (_F32,) * 3, (_F32, _F32, _BF16), (_F32, _BF16, _BF16)):
+        for mask in ("neuron", "weight"):
+            for layout in ("[out, in]", "[in, out]"):
+                what = f"{_SHORT[w]}, {_SHORT[u]} to {_SHORT[phi]}, {mask}, {layout}"
+                yield Case(what, partial(_mix, w, u, phi, mask, layout))
+                if phi == _BF16 and u == _BF16:
+                    yield Case(what, partial(_mix_list, w, u, phi, mask, layout))
+    yield Case("fp16, fp16 to fp16, neuron, [out, in]", partial(_mix, _F16, _F16, _F16, "neuron", "[out, in]"))
+    for dtype in (_BF16, _F32):
+        for mask in ("neuron", "weight"):
+            yield Case(f"{_SHORT[dtype]}, {mask}, no target", partial(_mix, dtype, None, dtype, mask, "[out, in]"))
+    for mask, layout in (("neuron", "[out, in]"), ("weight", "[out, in]"), ("weight", "[in, out]")):
+        what = f"bf16, odd width, {mask}, {layout}"
+        yield Case(what, partial(_mix, _BF16, _BF16, _BF16, mask, layout, columns=1001))
+    kernel = torch.empty(64, 64, 3, 3)
+    yield Case("fp32, convolution, neuron", lambda: backend.mixout(kernel, kernel, _seed(), _P, 1.5, "neuron"))
+
+
+def _mix(w: torch.dtype, u: torch.dtype | None, phi: torch.dtype, mask: str, layout: str, columns: int = _IN) -> None:
+    weight, target, out = (None if dtype is None else _weight(dtype, layout, columns=columns) for dtype in (w, u, phi))
+    mix.mix_into(out, weight, target, _seed(), _P, 1 / (1 - _P), mask == "weight")
+
+
+def _mix_list(w: torch.dtype, u: torch.dtype, phi: torch.dtype, mask: str, layout: str) -> None:
+    weights, targets, outs = [[_weight(dtype, layout) for _ in range(3)] for dtype in (w, u, phi)]
+    mix_list.mixout_list(outs, weights, targets, _seed(3), _P, mask)
+
+
+def _column_cases() -> Iterator[Case]:
+    for dtype in (_BF16, _F32):
+        for layout in ("[out, in]", "[in, out]"):
+            what = f"{_SHORT[dtype]}, {layout}, scaled"
+            w, compact = _weight(dtype, layout), _weight(dtype, layout, columns=_KEPT)
+            yield Case(what, partial(columns.gather_columns, w, _seed(), _P, _KEPT, 1.5))
+            yield Case(what, partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
+        x, compact = _weight(dtype, "[out, in]"), _weight(dtype, "[out, in]", columns=_KEPT)
+        yield Case(_SHORT[dtype], partial(columns.gather_columns, x, _seed(), _P, _KEPT))
+        yield Case(_SHORT[dtype], partial(columns.scatter_columns, compact, x, _seed(), _P))
+    w, compact = _weight(_F32, "[out, in]"), _weight(_BF16, "[out, in]", columns=_KEPT)
+    yield Case("fp32 to bf16, scaled", partial(columns.gather_columns, w, _seed(), _P, _KEPT, 1.5, _BF16))
+    yield Case("bf16 to fp32, scaled", partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
+
+
+def _fused_cases() -> Iterator[Case]:
+    for direction in ("y", "dx"):
+        for mask in ("neuron", "weight"):
+            for rows in _ROWS:
+                yield _fused_case(_BF16, _BF16, rows, direction, mask)
+                yield _fused_case(_BF16, _F32, rows, direction, mask)
+            yield _fused_case(_F32, _F32, 64, direction, mask)
+            yield _fused_case(_F32, _F32, 64, direction, mask, tf32=True)
+            yield _fused_case(_BF16, _BF16, 64, direction, mask, columns=1001)
+            yield _fused_case(_BF16, _F32, 64, direction, mask, columns=1001)
+            yield _fused_case(_F32, _F32, 64, direction, mask, columns=1001)
+            yield _fused_case(_F32, _F32, 64, direction, mask, tf32=True, columns=1001)
+        yield _fused_case(_F16, _F16, 64, direction, "neuron")
+        yield _fused_case(_BF16, _BF16, 64, direction, "neuron", target=None)
+        yield _fused_case(_BF16, _BF16, 64, direction, "neuron", layout="[in, out]")
+
+
+def _fused_case(
+    x: torch.dtype,
+    w: torch.dtype,
+    rows: int,
+    direction: str,
+    mask: str,
+    *,
+    tf32: bool = False,
+    target: str | None = "target",
+    layout: str = "[out, in]",
+    columns: int = _IN,
+) -> Case:
+    dtypes = _SHORT[x] if x == w else f"{_SHORT[x]}, weight {_SHORT[w]}"
+    notes = [
+        "tf32" if tf32 else "ieee" if x == _F32 else "",
+        "" if target else "no target",
+        "" if layout == "[out, in]" else layout,
+        "" if columns == _IN else "odd width",
+    ]
+    what = ", ".join(filter(None, [direction, dtypes, mask, f"{rows} rows", *notes]))
+    weight = _weight(w, layout, columns=columns)
+    frozen = None if target is None else _weight(w, layout, columns=columns)
+    per_weight = mask == "weight"
+    if direction == "y":
+        capacity = 0 if per_weight else _KEPT
+        operands = torch.empty(rows, columns, dtype=x), weight, frozen, torch.empty(_OUT, dtype=x), _seed(), _P
+        launch = partial(fused_linear.fused_linear, *operands, per_weight, capacity)
+    else:
+        operands = torch.empty(rows, _OUT, dtype=x), weight, frozen, _seed(), _P
+        launch = partial(fused_linear.fused_input_gradient, *operands, per_weight)
+    return Case(what, partial(_with_tf32, tf32, launch), tensor_cores=x != _F32)
+
+
+def _weight_gradient_cases() -> Iterator[Case]:
+    for x, w, tf32 in ((_BF16, _BF16, False), (_BF16, _F32, False), (_F32, _F32, False), (_F32, _F32, True)):
+        for mask in ("neuron", "weight"):
+            for width in (_IN, 1001):
+                notes = ["tf32" if tf32 else "ieee" if x == _F32 else "", "odd width" if width == 1001 else ""]
+                what = ", ".join(filter(None, [_SHORT[x], f"weight {_SHORT[w]}", mask, "with db", *notes]))
+                g, kept = torch.empty(64, _OUT, dtype=x), torch.empty(64, _KEPT if mask == "neuron" else width, dtype=x)
+                weight = _weight(w, "[out, in]", columns=width)
+                launch = partial(
+                    weight_gradient.weight_gradient, g, kept, weight, _seed(), _P, 1.5, mask == "weight", True
+                )
+                yield Case(what, partial(_with_tf32, tf32, launch), tensor_cores=x != _F32)
+
+
+def _with_tf32(tf32: bool, launch: Callable[[], object]) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        launch()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+_HEADER = """# What the Triton kernels compile to
+
+Written by `make codegen` (`python -m benchmarks.codegen_triton --write docs/codegen_triton.md`), without a GPU, with
+torch {torch} and triton {triton}. The launchers are called as they ship, so these are the configurations that run.
+
+- registers: per thread; the bound is 65536 / threads, 255 at most.
+- shared: bytes of shared memory of a block; the bound is 163 KiB on sm_80 and 227 KiB on sm_90 and sm_100.
+- local: loads and stores of local memory (LDL, STL), which is where spilled registers go.
+- MMA: tensor-core instructions: HMMA on sm_80, HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) on sm_100.
+- 16 B: loads of 16 bytes, to registers or to shared memory (LDG.128, LDGSTS.128).
+
+`tests/triton/test_codegen.py` asserts: no local memory, registers and shared memory within their bounds, and
+tensor-core instructions in every product of 16-bit types.
+"""
+
+
+def table(kernels: Sequence[Compiled]) -> str:
+    lines = [
+        "| kernel | configuration | arch | warps | stages | registers | shared | local | MMA | 16 B |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for k in kernels:
+        lines.append(
+            f"| {k.name} | {k.configuration} | sm_{k.arch} | {k.warps} | {k.stages} | {k.registers} | {k.shared} "
+            f"| {k.local} | {k.tensor_core} | {k.wide_loads} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Registers, shared memory and spills of the Triton kernels.")
+    parser.add_argument("--arch", type=int, choices=SHARED_MEMORY, action="append", help="default: all of them")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file, too")
+    arguments = parser.parse_args()
+    kernels = [compile_case(case, arch) for case in cases() for arch in arguments.arch or SHARED_MEMORY]
+    text = table(kernels)
+    print(text)
+    if arguments.write:
+        header = _HEADER.format(torch=torch.__version__.split("+")[0], triton=triton.__version__)
+        arguments.write.write_text(f"{header}\n{text}")
+
+
+if __name__ == "__main__":
+    main()

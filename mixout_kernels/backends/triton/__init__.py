@@ -1,0 +1,62 @@
+"""Triton kernels for NVIDIA GPUs; with TRITON_INTERPRET=1 they run, slowly and exactly, on CPU tensors.
+
+mask.py              the keep decisions, regenerated from the seed
+mix.py, mix_list.py  Phi in one pass, for one weight and for many
+columns.py           the kept columns gathered to a fixed width, and scattered back
+fused_linear.py      y and dx with the mask and the mix inside the product
+weight_gradient.py   dw and db for the same schedule
+linear.py            the two schedules put together
+launch.py            what every launch needs to know of the device
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    _import_error: str | None = str(error)
+else:
+    _import_error = None
+    from .launch import interpreted
+    from .linear import mix_linear, mix_linear_backward
+    from .mask import keep_mask
+    from .mix import mixout
+    from .mix_list import mixout_list
+
+    __all__ = ["keep_mask", "mix_linear", "mix_linear_backward", "mixout", "mixout_list"]
+
+SCHEDULES = ("fused", "staged")
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason() -> str | None:
+    if _import_error is not None:
+        return f"triton could not be imported ({_import_error}); pip install triton"
+    return None
+
+
+def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype) -> str | None:
+    if device == "cpu" and not interpreted():
+        return "the triton backend takes tensors on the CPU only with TRITON_INTERPRET=1 in the environment"
+    if device not in ("cpu", "cuda"):
+        return f"the triton backend takes tensors on cuda, got device {device}"
+    for name, dtype in (("weight", weight), ("target", target), ("input", compute)):
+        if dtype not in _FLOATING:
+            return f"the triton backend takes float32, bfloat16 and float16, got {name} {dtype}"
+    return _unsupported_gpu() if device == "cuda" else None
+
+
+@functools.cache
+def _unsupported_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return "the triton backend's tiles are checked for NVIDIA GPUs only, and this is a ROCm build of torch"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return (
+            f"the triton backend takes GPUs of compute capability 8.0 and above, got {'.'.join(map(str, capability))}"
+        )
+    return None

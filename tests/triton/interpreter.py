@@ -1,0 +1,41 @@
+"""What Triton's interpreter must be taught before results in bfloat16 can be asked of it (triton 3.6 to 3.9).
+
+It converts float32 to bfloat16 by cutting off, where a GPU rounds to nearest even, and ``tl.dot`` multiplies the bit
+patterns of bfloat16 operands as integers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def mend() -> None:
+    """Makes bfloat16 in the interpreter what it is on a GPU. Once per process."""
+    if interpreter._convert_float is not _convert_float:
+        interpreter._convert_float = _convert_float
+        interpreter.InterpreterBuilder.create_dot = _create_dot
+
+
+_original_convert = interpreter._convert_float
+_original_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _convert_float(data, from_dtype, to_dtype, rounding_mode):
+    if (from_dtype, to_dtype) != (tl.float32, tl.bfloat16):
+        return _original_convert(data, from_dtype, to_dtype, rounding_mode)
+    rounded = torch.from_numpy(np.array(data).view(np.float32)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16)
+
+
+def _create_dot(builder, a, b, *arguments):
+    return _original_dot(builder, _as_numbers(a), _as_numbers(b), *arguments)
+
+
+def _as_numbers(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    numbers = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(numbers, tl.float32)

@@ -1,0 +1,25 @@
+"""Every Triton kernel in every configuration that ships, as ptxas compiles it: no spills, and tensor cores used."""
+
+import pytest
+
+from .conftest import INTERPRETED, needs_compiler
+
+pytestmark = needs_compiler
+
+if INTERPRETED:
+    CASES, ARCHITECTURES = [None], [90]
+else:
+    from benchmarks import codegen_triton
+
+    CASES, ARCHITECTURES = codegen_triton.cases(), list(codegen_triton.SHARED_MEMORY)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("launch", CASES, ids=lambda launch: launch and launch.configuration)
+def test_compiles_within_bounds(launch, arch):
+    kernel = codegen_triton.compile_case(launch, arch)
+    assert kernel.local == 0, f"{kernel.local} loads and stores of spilled registers"
+    assert kernel.registers <= kernel.most_registers
+    assert kernel.shared <= codegen_triton.SHARED_MEMORY[arch]
+    if launch.tensor_cores:
+        assert kernel.tensor_core > 0, f"no {codegen_triton.TENSOR_CORES[arch]}"
