@@ -1,0 +1,174 @@
+"""What the suite runs on. A *case* is a backend on a device; most tests are written once and run for every case.
+
+    cpu        where the C++ extension is built
+    triton     on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors
+    cuda       on a GPU, or in its emulation (MIXOUT_KERNELS_CUDA_EMULATION=1) on CPU tensors
+    reference  everywhere, in the tests that have another oracle than the reference itself
+
+``pytest --backend NAME`` (repeatable) keeps only the named ones.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch is loaded. OpenMP threads that spin at every barrier made the suite eight times slower (3 s to 30 s
+# for test_mix.py) on two cores that something else was using too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from mixout_kernels import _extension, backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# derandomize: a run is repeatable, on every machine. Few examples: each is a whole forward and backward.
+hypothesis.settings.register_profile(
+    "suite",
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("suite")
+
+
+@dataclass(frozen=True)
+class Case:
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    @property
+    def emulated(self) -> bool:
+        """A GPU kernel that an interpreter or an emulation runs on CPU tensors: thousands of times slower."""
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
+
+    @property
+    def schedules(self) -> tuple[str | None, ...]:
+        return (None,) if self.backend == "reference" else (None, *backends.load(self.backend).SCHEDULES)
+
+    def require(
+        self, weight: torch.dtype, target: torch.dtype | None = None, compute: torch.dtype | None = None
+    ) -> None:
+        """Skips where a GPU backend says that it cannot do these dtypes. The CPU backend and the reference must."""
+        if self.backend in ("cpu", "reference"):
+            return
+        reason = backends.load(self.backend).unsupported_reason(
+            self.device, weight, target or weight, compute or weight
+        )
+        if reason:
+            pytest.skip(reason)
+
+    def skip_if_emulated(self, why: str) -> None:
+        if self.emulated:
+            pytest.skip(f"{self}: {why}")
+
+
+def _available_cases() -> list[Case]:
+    found = [Case("reference", "cpu")]
+    if _extension.load()[0] is not None:
+        found.append(Case("cpu", "cpu"))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from .triton import interpreter
+
+        interpreter.mend()
+        found.append(Case("triton", "cpu"))
+    if os.environ.get("MIXOUT_KERNELS_CUDA_EMULATION") == "1":
+        from .cuda import emulation
+
+        emulation.register()
+        found.append(Case("cuda", "cpu"))
+    if torch.cuda.is_available():
+        found += [Case("reference", "cuda"), Case("triton", "cuda"), Case("cuda", "cuda")]
+    return found
+
+
+_CASES = pytest.StashKey[list[Case]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Once, and before collection: tests/cuda/conftest.py sets the environment variable of the emulation for itself.
+    wanted = config.getoption("--backend")
+    config.stash[_CASES] = [case for case in _available_cases() if not wanted or case.backend in wanted]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=["reference", *backends.KERNELS],
+        help="run the tests of this backend only (repeatable; default: every one that is available here)",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    reason = _extension.load()[1]
+    return f"mixout_kernels: {', '.join(map(str, config.stash[_CASES])) or 'no backend'}" + (reason and f" ({reason})")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = metafunc.config.stash[_CASES]
+    if "any_case" in metafunc.fixturenames:
+        metafunc.parametrize("any_case", cases, ids=str)
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", [case for case in cases if case.backend != "reference"], ids=str)
+    if "device" in metafunc.fixturenames:
+        devices = sorted({case.device for case in cases if not case.emulated})
+        metafunc.parametrize("device", devices)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(1234)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, so an element that a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def compile_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Callable[[str], str]]:
+    """Compiles C++ for the host; the result is called with the program's input and returns its output."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("NO C++ COMPILER: csrc is not tested against the reference here")
+
+    def build(name: str, source: str, *arguments: str) -> Callable[[str], str]:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "main.cpp").write_text(source)
+        program = folder / "program"
+        command = [
+            *compiler.split(),
+            "-O2",
+            f"-I{ROOT / 'csrc'}",
+            str(folder / "main.cpp"),
+            *arguments,
+            "-o",
+            str(program),
+        ]
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        return lambda text: (
+            subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True).stdout
+        )
+
+    return build

@@ -1,0 +1,277 @@
+"""apply_mixout and remove_mixout on models: what is swapped, what is kept, what comes back."""
+
+import pytest
+import torch
+from torch import nn
+
+import mixout_kernels as mk
+
+
+class Encoder(nn.Module):
+    """Two blocks, an attention, an embedding, dropouts of three kinds, and a head that is not pretrained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"query": nn.Linear(8, 8), "output": nn.Linear(8, 8, bias=False), "dropout": nn.Dropout(0.1)})
+            for _ in range(2)
+        )
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
+        self.spatial = nn.Dropout1d(0.2)
+        self.off = nn.Dropout(0.0)
+        self.attention_dropout = 0.15
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = x + block["dropout"](block["output"](block["query"](x)))
+        x = self.spatial(self.attention(x, x, x, need_weights=False)[0])
+        x = nn.functional.dropout(x, self.attention_dropout, self.training)
+        return self.classifier(self.off(x))
+
+
+MIXED = {f"blocks.{i}.{name}" for i in range(2) for name in ("query", "output")}
+
+
+def state_of(model):
+    """Everything that apply_mixout may not change when it raises."""
+    return (
+        [(name, type(module), id(module)) for name, module in model.named_modules()],
+        {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()},
+        [
+            (name, {key: value for key, value in vars(module).items() if isinstance(value, (float, bool, str))})
+            for name, module in model.named_modules()
+        ],
+    )
+
+
+def assert_unchanged(model, before):
+    after = state_of(model)
+    assert after[0] == before[0]
+    assert after[2] == before[2]
+    assert after[1].keys() == before[1].keys()
+    for name, (identity, value) in before[1].items():
+        assert after[1][name][0] == identity
+        assert torch.equal(after[1][name][1], value)
+
+
+def mixed_names(model):
+    return {name for name, module in model.named_modules() if isinstance(module, (mk.MixLinear, mk.MixConv1D))}
+
+
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+def test_swaps_every_pretrained_linear_in_place(mask):
+    model = Encoder()
+    parameters = dict(model.named_parameters())
+    report = mk.apply_mixout(model, p=0.7, mask=mask)
+    assert mixed_names(model) == MIXED == set(report.mixed)
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    for name in MIXED:
+        module = model.get_submodule(name)
+        assert module.p == 0.7
+        assert module.mask == mask
+        assert torch.equal(module.target, module.weight)
+        assert module.target.data_ptr() != module.weight.data_ptr()
+
+
+def test_report_lists_every_module_with_what_was_done():
+    model = Encoder()
+    report = mk.apply_mixout(model, p=0.7)
+    assert report.p == 0.7
+    assert report.mask == "neuron"
+    assert report.mixed["blocks.0.query"] == "MixLinear [8, 8]"
+    assert report.skipped == {
+        "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass of Linear: its weight may be read without "
+        "its forward",
+        "classifier": "excluded by 'classifier'",
+    }
+    assert report.dropout == {
+        "": "attention_dropout 0.15 -> 0",
+        "blocks.0.dropout": "p 0.1 -> 0",
+        "blocks.1.dropout": "p 0.1 -> 0",
+        "attention": "dropout 0.3 -> 0",
+        "spatial": "p 0.2 -> 0",
+    }
+    assert report.target_bytes == 4 * 8 * 8 * 4
+    text = str(report)
+    assert text.startswith("mixout p=0.7, mask='neuron': 4 mixed, 2 skipped, 5 dropout rates set to 0")
+    for name in (*report.mixed, *report.skipped, "(the model)", "blocks.1.dropout"):
+        assert name in text
+
+
+def test_output_before_training_is_the_pretrained_one(device):
+    """w = u: whatever the mask, Phi is w. So the first training forward equals the model without dropout."""
+    model = Encoder().to(device)
+    tokens = torch.randint(11, (3, 5), device=device)
+    expected = model.eval()(tokens)
+    mk.apply_mixout(model, p=0.7)
+    torch.testing.assert_close(model.train()(tokens), expected)
+    torch.testing.assert_close(model.eval()(tokens), expected)
+
+
+def test_remove_is_the_inverse():
+    model = Encoder()
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    rates = [(name, vars(m).get("p"), vars(m).get("dropout")) for name, m in model.named_modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    buffers = set(dict(model.named_buffers()))
+    parameters = dict(model.named_parameters())
+    tokens = torch.randint(11, (3, 5))
+    torch.manual_seed(1)
+    expected = model(tokens)
+
+    mk.apply_mixout(model, p=0.7)
+    assert model.spatial.p == model.attention.dropout == model.attention_dropout == 0.0
+    mk.remove_mixout(model)
+
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert [(name, vars(m).get("p"), vars(m).get("dropout")) for name, m in model.named_modules()] == rates
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert set(dict(model.named_buffers())) == buffers
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    torch.manual_seed(1)
+    assert torch.equal(model(tokens), expected)
+
+
+def test_remove_keeps_trained_weights():
+    model = Encoder()
+    mk.apply_mixout(model, p=0.7)
+    with torch.no_grad():
+        model.blocks[0]["query"].weight.add_(1)
+    weight = model.blocks[0]["query"].weight.clone()
+    mk.remove_mixout(model)
+    assert torch.equal(model.blocks[0]["query"].weight, weight)
+    mk.apply_mixout(model, p=0.7)  # and again, from the new weights
+    assert torch.equal(model.blocks[0]["query"].target, weight)
+
+
+def test_dropout_can_stay():
+    model = Encoder()
+    report = mk.apply_mixout(model, p=0.7, disable_dropout=False)
+    assert report.dropout == {}
+    assert model.spatial.p == 0.2
+    assert model.attention.dropout == 0.3
+    mk.remove_mixout(model)
+    assert model.spatial.p == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"include": ["query"]}, {"blocks.0.query", "blocks.1.query"}),
+        ({"include": ["blocks.1.*"]}, {"blocks.1.query", "blocks.1.output"}),
+        ({"include": ["blocks.?.out*"]}, {"blocks.0.output", "blocks.1.output"}),
+        ({"include": ["quer[xyz]", "classifier"], "exclude": []}, {"blocks.0.query", "blocks.1.query", "classifier"}),
+        ({"exclude": ()}, MIXED | {"classifier"}),
+        ({"exclude": ["output", "classifier"]}, {"blocks.0.query", "blocks.1.query"}),
+        ({"exclude": ["blocks.0.*", "classifier"]}, {"blocks.1.query", "blocks.1.output"}),
+        ({"include": (name for name in ["query"])}, {"blocks.0.query", "blocks.1.query"}),
+    ],
+    ids=str,
+)
+def test_include_and_exclude(options, expected):
+    model = Encoder()
+    report = mk.apply_mixout(model, p=0.5, **options)
+    assert mixed_names(model) == expected == set(report.mixed)
+    linears = MIXED | {"classifier", "attention.out_proj"}
+    assert set(report.skipped) == linears - expected
+
+
+def test_not_included_is_said():
+    report = mk.apply_mixout(Encoder(), p=0.5, include=["query"])
+    assert report.skipped["blocks.0.output"] == "not included"
+    assert report.skipped["classifier"] == "excluded by 'classifier'"
+
+
+@pytest.mark.parametrize("include", [["no_such_layer"], ["classifier"], []], ids=str)
+def test_nothing_matched_raises_and_changes_nothing(include):
+    model = Encoder()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"apply_mixout: nothing to mix: .*got 6 linear layers: .*blocks\.0\.query"):
+        mk.apply_mixout(model, p=0.5, include=include)
+    assert_unchanged(model, before)
+
+
+def test_a_model_without_linears_raises():
+    with pytest.raises(ValueError, match=r"nothing to mix: .*got 0 linear layers: none"):
+        mk.apply_mixout(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.1)), p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"p": 1.5}, ValueError, r"p: expected a number in \[0, 1\], got 1.5"),
+        ({"p": "0.5"}, TypeError, "p: expected a number"),
+        ({"p": 0.5, "mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'row'"),
+        ({"p": 0.5, "include": "query"}, TypeError, "include: expected a list of patterns, got the string 'query'"),
+        ({"p": 0.5, "exclude": "query"}, TypeError, "exclude: expected a list of patterns, got the string 'query'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_raise_and_change_nothing(options, error, message):
+    model = Encoder()
+    before = state_of(model)
+    with pytest.raises(error, match=f"apply_mixout: {message}"):
+        mk.apply_mixout(model, **options)
+    assert_unchanged(model, before)
+
+
+def test_twice_raises_and_changes_nothing():
+    model = Encoder()
+    mk.apply_mixout(model, p=0.5, include=["query"])
+    before = state_of(model)
+    with pytest.raises(ValueError, match="expected one without mixout; call remove_mixout"):
+        mk.apply_mixout(model, p=0.5)
+    assert_unchanged(model, before)
+
+
+def test_remove_without_mixout_raises():
+    with pytest.raises(ValueError, match="remove_mixout: model: expected one with MixLinear or MixConv1D"):
+        mk.remove_mixout(Encoder())
+
+
+def test_checkpoints_load_both_ways():
+    plain, mixed = Encoder(), Encoder()
+    mk.apply_mixout(mixed, p=0.5)
+    assert list(mixed.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1)
+    mixed.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(mixed.state_dict(), strict=True)
+
+
+def test_a_computed_weight_is_skipped():
+    """torch.nn.utils.weight_norm and spectral_norm write ``weight`` in a pre-forward hook: it is no Parameter."""
+    model = nn.ModuleDict({"normed": torch.nn.utils.spectral_norm(nn.Linear(4, 4)), "plain": nn.Linear(4, 4)})
+    report = mk.apply_mixout(model, p=0.5)
+    assert set(report.mixed) == {"plain"}
+    assert report.skipped == {"normed": "its weight is computed, not a Parameter"}
+
+
+def test_multihead_attention_is_left_alone():
+    """Its forward reads in_proj_weight and out_proj.weight itself: a swapped out_proj would silently do nothing."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    report = mk.apply_mixout(model, p=0.5)
+    assert set(report.mixed) == {"linear1", "linear2"}
+    assert set(report.skipped) == {"self_attn.out_proj"}
+    assert isinstance(model.self_attn.out_proj, nn.Linear)
+    assert not mixed_names(model.self_attn)
+    x = torch.randn(2, 3, 8)
+    expected = model.eval()(x)
+    torch.testing.assert_close(model.train()(x), expected)
+
+
+def test_transformer_encoder_layer_uses_its_mixed_weights_in_training():
+    """Its eval-mode fast path reads linear1.weight directly, which is right there; training must call the module."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    mk.apply_mixout(model, p=0.5)
+    with torch.no_grad():
+        model.linear1.weight.add_(1)
+    x = torch.randn(2, 3, 8)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))

@@ -1,0 +1,138 @@
+"""Small integers and p = 1/2 or 3/4: no operation rounds, so every backend, schedule and dtype must equal float64.
+
+This is the strictest check there is of indices, masks, layouts and sums: an error of one element cannot hide in a
+tolerance. Half-precision results round the exact sum once, which is what ``.to(dtype)`` of the truth does.
+"""
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from . import budget
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def assert_exact(problem, case, schedule=None):
+    exact = budget.truth(problem)
+    results = budget.ours(problem, case.backend, schedule=schedule)
+    for name in budget.RESULTS:
+        result, expected = getattr(results, name), getattr(exact, name)
+        if expected is None:
+            assert result is None
+        else:
+            assert result.dtype == problem.x.dtype
+            assert torch.equal(result, expected.to(result.dtype)), name
+
+
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=0, max_size=3),
+    in_features=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    mask=st.sampled_from(["neuron", "weight"]),
+    p=st.sampled_from([0.5, 0.75]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    target=st.sampled_from([True, None]),
+    bias=st.booleans(),
+    transposed=st.booleans(),
+)
+@example([], 1, 1, torch.float32, "neuron", 0.5, 0, True, True, False)
+@example([3, 0, 2], 5, 7, torch.bfloat16, "weight", 0.5, 0, None, True, True)
+def test_any_shape(any_case, rows, in_features, out_features, dtype, mask, p, seed, target, bias, transposed):
+    if any_case.backend not in ("cpu", "reference") and dtype == torch.float64:
+        dtype = torch.float32
+    problem = budget.random_problem(
+        rows,
+        in_features,
+        out_features,
+        dtype=dtype,
+        device=any_case.device,
+        p=p,
+        mask=mask,
+        seed=seed,
+        target=target,
+        bias=bias,
+        transposed=transposed,
+        integers=True,
+    )
+    for schedule in any_case.schedules:
+        assert_exact(problem, any_case, schedule)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@pytest.mark.parametrize("shape", [(1, 1000, 1), (1000, 1, 63), (63, 100, 1000), (257, 1000, 63)], ids=str)
+def test_odd_sizes(any_case, dtype, mask, target, shape):
+    any_case.require(dtype)
+    rows, in_features, out_features = shape
+    if rows * in_features * out_features > 10**6:
+        any_case.skip_if_emulated("too many products")
+    problem = budget.random_problem(
+        (rows,),
+        in_features,
+        out_features,
+        dtype=dtype,
+        device=any_case.device,
+        p=0.5,
+        mask=mask,
+        target=target,
+        integers=True,
+    )
+    for schedule in any_case.schedules:
+        assert_exact(problem, any_case, schedule)
+
+
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("shape", [(1023, 500, 200), (1024, 128, 128), (1200, 400, 300)], ids=str)
+def test_many_rows(any_case, mask, target, transposed, shape):
+    """Either side of the sizes from which the CPU backend takes oneDNN for its products."""
+    any_case.skip_if_emulated("too many products")
+    rows, in_features, out_features = shape
+    problem = budget.random_problem(
+        (rows,),
+        in_features,
+        out_features,
+        device=any_case.device,
+        p=0.5,
+        mask=mask,
+        target=target,
+        transposed=transposed,
+        integers=True,
+    )
+    assert_exact(problem, any_case)
+
+
+def test_paper_gradient_is_the_true_one_without_the_factor(any_case):
+    for mask in ("neuron", "weight"):
+        problem = budget.random_problem((20,), 63, 40, device=any_case.device, p=0.75, mask=mask, integers=True)
+        for schedule in any_case.schedules:
+            true = budget.ours(problem, any_case.backend, schedule=schedule)
+            paper = budget.ours(problem, any_case.backend, schedule=schedule, paper_gradient=True)
+            assert torch.equal(paper.dw * 4, true.dw)
+            assert paper.dw.any()
+            assert torch.equal(paper.y, true.y)
+            assert torch.equal(paper.dx, true.dx)
+            assert torch.equal(paper.db, true.db)
+
+
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_any_number_of_threads(any_case, mask, transposed):
+    """Blocks of work begin and end elsewhere: at the first thread's last element something would be left or doubled."""
+    if any_case.device != "cpu":
+        pytest.skip("threads of the CPU")
+    any_case.skip_if_emulated("too many products")
+    problem = budget.random_problem((67,), 501, 203, p=0.5, mask=mask, transposed=transposed, integers=True)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            assert_exact(problem, any_case)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""What is kept for backward, in bytes, and what is allocated on the way there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixout_kernels as mk
+
+from . import budget
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def saved_by(problem, case, needs="xwb", **context):
+    """The tensors that a call saves for backward, each once, without the parameters and the target."""
+    x, w, b = budget.leaves(problem)
+    for leaf, name in ((x, "x"), (w, "w"), (b, "b")):
+        leaf.requires_grad_(name in needs)
+    saved = {}
+
+    def pack(t):
+        saved[t.data_ptr(), t.shape] = t
+        return t
+
+    seed = torch.tensor([problem.seed], dtype=torch.int64, device=case.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = mk.mix_linear(
+            x, w, problem.u, b, p=problem.p, mask=problem.mask, seed=seed, backend=case.backend, **context
+        )
+    known = {t.data_ptr() for t in (w, b, problem.u) if t is not None}
+    assert y.requires_grad == bool(needs)
+    return [t for t in saved.values() if t.data_ptr() not in known and t.numel() > 0], x
+
+
+def saved_columns(problem, case):
+    """Exactly the kept ones, or a capacity where their number must not be read back from the device."""
+    if case.device == "cpu":
+        return int(problem.keep[0].sum())
+    return mk.ops.column_capacity(problem.w.shape[1], problem.p)
+
+
+def nbytes(tensors):
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@pytest.mark.parametrize("rows", [(33,), (4, 33)], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.7, 0.9])
+def test_neuron_mask_keeps_the_kept_columns_and_the_seed(case, dtype, target, rows, p):
+    problem = budget.random_problem(rows, 400, 300, dtype=dtype, device=case.device, p=p, target=target)
+    saved, _ = saved_by(problem, case)
+    n_rows = problem.g.numel() // 300
+    assert nbytes(saved) == n_rows * saved_columns(problem, case) * dtype.itemsize + 8
+    assert sorted(t.dtype.itemsize for t in saved) == sorted([dtype.itemsize, 8])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+def test_weight_mask_keeps_the_input_itself_and_the_seed(case, dtype, target):
+    problem = budget.random_problem((33,), 400, 300, dtype=dtype, device=case.device, mask="weight", target=target)
+    saved, x = saved_by(problem, case)
+    new = [t for t in saved if t.data_ptr() != x.data_ptr()]
+    assert len(saved) == 2
+    assert nbytes(new) == 8
+
+
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("needs", ["x", "b", "xb"])
+def test_a_frozen_weight_keeps_the_seed_alone(case, mask, needs):
+    problem = budget.random_problem((33,), 400, 300, device=case.device, mask=mask)
+    saved, _ = saved_by(problem, case, needs)
+    assert nbytes(saved) == 8
+
+
+def test_autocast_keeps_the_kept_columns_of_the_cast_input(case):
+    case.require(torch.float32, None, torch.bfloat16)
+    problem = budget.random_problem((33,), 400, 300, device=case.device)
+    with torch.autocast(case.device, torch.bfloat16):
+        saved, _ = saved_by(problem, case)
+    assert nbytes(saved) == 33 * saved_columns(problem, case) * 2 + 8
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_p_0_and_p_1_keep_no_copy(case, p):
+    problem = budget.random_problem((33,), 400, 300, device=case.device, p=p)
+    saved, x = saved_by(problem, case)
+    assert nbytes([t for t in saved if t.data_ptr() != x.data_ptr()]) <= 8
+
+
+def allocations(run):
+    """Bytes of every allocation on the CPU while ``run()`` runs, largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    return sorted((event.nbytes() for event in events if event.nbytes() > 0), reverse=True)
+
+
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+def test_mixout_allocates_its_result_and_nothing_else_of_that_size(case, mask, target):
+    if case.backend != "cpu":
+        pytest.skip("the CPU allocator is what the profiler sees here")
+    problem = budget.random_problem((1,), 400, 300, mask=mask, target=target)
+    seed = torch.tensor([1])
+    sizes = allocations(lambda: mk.mixout(problem.w, problem.u, p=0.7, mask=mask, seed=seed, backend="cpu"))
+    assert sizes[0] == problem.w.nbytes
+    assert sum(sizes[1:]) < problem.w.nbytes / 100
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_forward_allocates_the_mixed_weight_once(case, transposed, low):
+    """One temporary of the weight's size, in the dtype of the product: no mask, no difference, no cast."""
+    if case.backend != "cpu":
+        pytest.skip("the CPU allocator is what the profiler sees here")
+    problem = budget.random_problem((4,), 400, 300, transposed=transposed)
+    seed = torch.tensor([1])
+
+    def run(function, weight, *target, **options):
+        with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
+            return function(problem.x, weight, *target, problem.b, **options)
+
+    def large(*arguments, **options):
+        run(*arguments, **options)  # first, what the product allocates once and for all
+        return [size for size in allocations(lambda: run(*arguments, **options)) if size > weight_bytes / 4]
+
+    dtype = low or torch.float32
+    weight_bytes = 400 * 300 * dtype.itemsize
+    of_the_product = large(F.linear, problem.w.to(dtype))
+    of_the_layer = large(mk.mix_linear, problem.w, problem.u, p=0.7, seed=seed, backend="cpu")
+    assert sorted(of_the_layer) == sorted([*of_the_product, weight_bytes])

@@ -1,0 +1,143 @@
+"""apply_mixout on real architectures of transformers, small and with random weights: nothing is downloaded."""
+
+import pytest
+import torch
+
+import mixout_kernels as mk
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def bert():
+    config = transformers.BertConfig(**SMALL, max_position_embeddings=16, num_labels=2)
+    return transformers.BertForSequenceClassification(config)
+
+
+def albert():
+    config = transformers.AlbertConfig(**SMALL, embedding_size=8, max_position_embeddings=16, num_labels=2)
+    return transformers.AlbertForSequenceClassification(config)
+
+
+def roberta():
+    config = transformers.RobertaConfig(**SMALL, max_position_embeddings=16, num_labels=2)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16, num_labels=2)
+    config.pad_token_id = 0
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+MODELS = {"bert": bert, "albert": albert, "roberta": roberta, "gpt2": gpt2}
+TOKENS = torch.randint(5, 50, (3, 7), generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 1])
+
+
+@pytest.fixture(params=list(MODELS))
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]()
+
+
+def test_trains(model):
+    """A few steps: the loss is finite, weights and heads move, targets stay."""
+    report = mk.apply_mixout(model.train(), p=0.7)
+    targets = {name: model.get_submodule(name).target.clone() for name in report.mixed}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(input_ids=TOKENS, labels=LABELS).loss
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite()
+    for name, target in targets.items():
+        module = model.get_submodule(name)
+        assert torch.equal(module.target, target), name
+        assert not torch.equal(module.weight, target), name
+
+
+def test_first_forward_is_the_pretrained_one(model):
+    expected = model.eval()(input_ids=TOKENS).logits
+    mk.apply_mixout(model.train(), p=0.7)
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)
+
+
+def test_no_dropout_is_left(model):
+    """At w = u mixout changes nothing, so two training forwards are equal only if every dropout is off."""
+    model.train()
+    assert not torch.equal(model(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    report = mk.apply_mixout(model, p=0.7)
+    assert report.dropout
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+    mk.remove_mixout(model)
+    assert not torch.equal(model(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+def test_heads_are_left_alone(model):
+    report = mk.apply_mixout(model, p=0.7)
+    heads = {name for name in report.skipped if "excluded by" in report.skipped[name]}
+    assert heads
+    assert not heads & set(report.mixed)
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ in ("Conv1D", "MixConv1D")
+    }
+    assert linears == set(report.mixed) | set(report.skipped)
+
+
+def test_saves_and_loads_as_the_plain_model(model, tmp_path):
+    mk.apply_mixout(model, p=0.7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    assert not any(isinstance(module, (mk.MixLinear, mk.MixConv1D)) for module in plain.modules())
+    torch.testing.assert_close(plain.eval()(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model):
+    if not model.supports_gradient_checkpointing:
+        pytest.skip(f"{type(model).__name__} has no gradient checkpointing")
+    mk.apply_mixout(model.train(), p=0.5)
+
+    def gradients():
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(input_ids=TOKENS, labels=LABELS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    for name, gradient in gradients().items():
+        assert torch.equal(gradient, plain[name]), name
+
+
+def test_gpt2_swaps_conv1d():
+    report = mk.apply_mixout(gpt2(), p=0.7)
+    assert report.mixed["transformer.h.0.attn.c_attn"] == "MixConv1D [16, 48]"
+    assert len(report.mixed) == 8
+    assert set(report.skipped) == {"score"}
+
+
+def test_gpt2_language_model_head_stays_tied_to_the_embedding():
+    config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config)
+    report = mk.apply_mixout(model, p=0.7)
+    assert "lm_head" in report.mixed
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert model.transformer.wte.weight.grad.any()
+
+
+def test_albert_layers_are_one_module_for_all_layers():
+    model = albert()
+    report = mk.apply_mixout(model.train(), p=0.7)
+    layers = [name for name in report.mixed if "albert_layers" in name]
+    assert len(layers) == 6
+    assert all(".0.albert_layers.0." in name for name in layers)

@@ -1,0 +1,325 @@
+"""decay_to_target and track_targets: after every optimizer step, by the formula, and before the sampler mixes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mixout_kernels as mk
+
+from .. import budget
+from . import models
+
+OPTIMIZERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1),
+    "sgd-foreach": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=True),
+    "sgd-fused": lambda groups: torch.optim.SGD(groups, lr=0.1, fused=True),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0, foreach=False),
+    "adamw-foreach": lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0, foreach=True),
+    "adamw-fused": lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.0, fused=True),
+    "adamw-tensor-lr": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(0.1), weight_decay=0.0, fused=True),
+}
+DECAY = 0.3
+
+
+class Net(nn.Module):
+    """A body, a norm, and a head that is not pretrained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(models.IN, models.IN)
+        self.norm = nn.LayerNorm(models.IN)
+        self.classifier = nn.Linear(models.IN, 2)
+
+    def forward(self, x):
+        return self.classifier(self.norm(self.body(x)))
+
+
+def two_groups(model):
+    """The norm with a learning rate of its own."""
+    norm = list(model.norm.parameters())
+    others = [p for p in model.parameters() if all(p is not q for q in norm)]
+    return [{"params": others}, {"params": norm, "lr": 0.025}]
+
+
+def assert_lerp(result, start, end, amount):
+    """``start + amount * (end - start)``, truth in float64, against the three operations in the same dtype."""
+    start64, end64 = start.double(), end.double()
+    terms = torch.stack([start64, amount * end64, amount * start64])
+    budget.assert_close(
+        result,
+        start64 + amount * (end64 - start64),
+        start + amount * (end.to(start.dtype) - start),
+        norm1=terms.abs().sum(0),
+        norm2=terms.norm(dim=0),
+        terms=3,
+        dtype=start.dtype,
+    )
+
+
+@pytest.mark.parametrize("mixout", [True, False], ids=["mixout", "plain"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pulls_every_weight_to_its_pretrained_value(device, name, mixout):
+    """w -= lr * lambda * (w - u), from where the optimizer alone leaves w, with the learning rate of its group."""
+    model = Net().to(device)
+    pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if mixout:
+        mk.apply_mixout(model, p=0.5)
+    without = copy.deepcopy(model)
+    optimizer, plain = (OPTIMIZERS[name](two_groups(m)) for m in (model, without))
+    mk.decay_to_target(optimizer, model, DECAY)
+    for _ in range(3):
+        without.load_state_dict(model.state_dict())
+        plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for twin, opt in ((model, optimizer), (without, plain)):
+            opt.zero_grad()
+            torch.manual_seed(1)
+            twin(models.random_input(device=device)).square().mean().backward()
+            opt.step()
+        for key, parameter in model.named_parameters():
+            alone = without.get_parameter(key).detach()
+            if key.startswith("classifier"):
+                assert torch.equal(parameter, alone)
+            else:
+                lr = 0.025 if key.startswith("norm") else 0.1
+                assert_lerp(parameter.detach(), alone, pretrained[key], lr * DECAY)
+                assert not torch.equal(parameter, alone)
+
+
+def test_a_learning_rate_schedule_is_followed():
+    model = Net()
+    pretrained = model.body.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    mk.decay_to_target(optimizer, model, DECAY)
+    with torch.no_grad():
+        model.body.weight.add_(1)
+    for lr in (0.5, 0.05, 0.005):
+        before = model.body.weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        schedule.step()
+        assert_lerp(model.body.weight.detach(), before, pretrained, lr * DECAY)
+
+
+def pulled(model, optimizer, handle):
+    """The parameters that move when all gradients are zero and all weights have left their target."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+            parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    handle.remove()
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+@pytest.mark.parametrize(
+    ("exclude", "parts"),
+    [
+        (mk.DEFAULT_HEADS, {"body", "norm"}),
+        ((), {"body", "norm", "classifier"}),
+        (["norm", "classifier"], {"body"}),
+        (["*.bias"], {"body.weight", "norm.weight", "classifier.weight"}),
+    ],
+)
+def test_exclude(exclude, parts):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    moved = pulled(model, optimizer, mk.decay_to_target(optimizer, model, DECAY, exclude=exclude))
+    expected = {name for name, _ in model.named_parameters() if name in parts or name.split(".")[0] in parts}
+    assert moved == expected
+
+
+def test_only_parameters_of_this_optimizer_move():
+    model = Net()
+    optimizer = torch.optim.SGD(model.norm.parameters(), lr=0.1)
+    assert pulled(model, optimizer, mk.decay_to_target(optimizer, model, DECAY)) == {"norm.weight", "norm.bias"}
+
+
+def test_frozen_parameters_stay():
+    model = Net()
+    model.norm.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert pulled(model, optimizer, mk.decay_to_target(optimizer, model, DECAY)) == {"body.weight", "body.bias"}
+
+
+def test_tied_weights_are_pulled_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    pretrained = model[0].weight.detach().clone()
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = mk.decay_to_target(optimizer, model, DECAY)
+    assert pulled(model, optimizer, handle) == {"0.weight", "0.bias", "1.bias"}
+    assert_lerp(model[0].weight.detach(), pretrained + 1, pretrained, 0.5 * DECAY)
+
+
+def test_zero_decay_changes_no_bit():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert pulled(model, optimizer, mk.decay_to_target(optimizer, model, 0.0)) == set()
+
+
+def test_remove():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mk.decay_to_target(optimizer, model, DECAY).remove()
+    assert pulled(model, optimizer, mk.decay_to_target(optimizer, model, 0.0)) == set()
+
+
+def test_bfloat16_targets():
+    model = Net()
+    mk.apply_mixout(model, p=0.5, target_dtype=torch.bfloat16)
+    target = model.body.target.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    assert "body.weight" in pulled(model, optimizer, mk.decay_to_target(optimizer, model, DECAY))
+    before = model.body.weight.detach().clone()
+    mk.decay_to_target(optimizer, model, DECAY)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert_lerp(model.body.weight.detach(), before, target, 0.5 * DECAY)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_targets_follow_their_weights(device, decay, dtype):
+    """u = decay u + (1 - decay) w, with the weight that the step has left."""
+    model = Net().to(device)
+    mk.apply_mixout(model, p=0.5, target_dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mk.track_targets(optimizer, model, decay)
+    for _ in range(3):
+        before = model.body.target.clone()
+        optimizer.zero_grad()
+        model(models.random_input(device=device)).square().mean().backward()
+        optimizer.step()
+        assert_lerp(model.body.target, before, model.body.weight.detach(), 1 - decay)
+        if decay == 1:
+            assert torch.equal(model.body.target, before)
+        elif decay == 0:
+            assert torch.equal(model.body.target, model.body.weight.to(before.dtype))
+        else:
+            assert not torch.equal(model.body.target, before)
+
+
+def test_a_shared_target_moves_once_a_step():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.track_targets(optimizer, model, 0.5)
+    before = model[0].target.clone()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert_lerp(model[0].target, before, model[0].weight.detach(), 0.5)
+    assert model[1].target.data_ptr() == model[0].target.data_ptr()
+
+
+def test_after_the_model_has_moved():
+    """.to() replaces the tensors: the layers' own targets go on moving, and are pulled to."""
+    model = Net()
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mk.track_targets(optimizer, model, 0.5)
+    model.double()
+    before = model.body.target.clone()
+    model(models.random_input().double()).square().mean().backward()
+    optimizer.step()
+    assert_lerp(model.body.target, before, model.body.weight.detach(), 0.5)
+
+
+@pytest.mark.parametrize("sampler_first", [True, False], ids=["sampler-first", "sampler-last"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_sampler_mixes_the_final_weight_and_target_of_the_step(name, sampler_first, monkeypatch):
+    """Optimizer, then decay, then the moving target, then Phi: mixed once, whatever was made first."""
+    model, x = Net(), models.random_input()
+    models.with_mixout(model)
+    optimizer = OPTIMIZERS[name](two_groups(model))
+    if sampler_first:
+        mk.MixSampler(model)
+    mk.decay_to_target(optimizer, model, DECAY)
+    mk.track_targets(optimizer, model, 0.9)
+    if not sampler_first:
+        mk.MixSampler(model)
+    models.run(model, x)
+    mixed = []
+    cpu = mk.backends.load("cpu")
+    mixout_list = cpu.mixout_list
+    monkeypatch.setattr(cpu, "mixout_list", lambda *arguments: (mixed.append(1), mixout_list(*arguments)))
+    for number in range(1, 4):
+        optimizer.step()
+        ours = models.run(model, x)
+        assert len(mixed) == number
+        assert torch.equal(ours.output, models.reference_run(model, x).output)
+        expected = mk.reference.mixout(model.body.weight, model.body.target, p=0.5, seed=model.body.slot.seed)
+        assert torch.equal(model.body.slot.mixed, expected)
+
+
+def test_decay_pulls_to_the_target_before_it_moves():
+    model = Net()
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    mk.track_targets(optimizer, model, 0.9)
+    with torch.no_grad():
+        model.body.weight.add_(1)
+    weight, target = model.body.weight.detach().clone(), model.body.target.clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert_lerp(model.body.weight.detach(), weight, target, 0.5 * DECAY)
+    assert_lerp(model.body.target, target, model.body.weight.detach(), 0.1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_gradscaler_skips_moves_nothing(name, device):
+    model = Net().to(device)
+    models.with_mixout(model, device=device)
+    optimizer = OPTIMIZERS[name](two_groups(model))
+    mk.decay_to_target(optimizer, model, DECAY)
+    mk.track_targets(optimizer, model, 0.5)
+    scaler = torch.amp.GradScaler(device)
+    for factor, moves in ((float("inf"), False), (1.0, True), (float("nan"), False)):
+        before = [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+        optimizer.zero_grad()
+        scaler.scale(factor * model(models.random_input(device=device)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        after = [*model.parameters(), *model.buffers()]
+        same = [torch.equal(t, old) for t, old in zip(after, before, strict=True)]
+        assert not any(same) if moves else all(same)
+
+
+@pytest.mark.parametrize("decay", [-0.1, float("nan")])
+def test_a_negative_decay(decay):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="decay_to_target: decay: expected a number >= 0, got"):
+        mk.decay_to_target(optimizer, model, decay)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_a_tracking_decay_outside_0_and_1(decay):
+    model = models.with_mixout(models.mlp())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"track_targets: decay: expected a number in \[0, 1\], got"):
+        mk.track_targets(optimizer, model, decay)
+
+
+def test_nothing_to_pull():
+    model, other = Net(), Net()
+    with pytest.raises(ValueError, match="decay_to_target: optimizer: expected one that holds parameters of the model"):
+        mk.decay_to_target(torch.optim.SGD(other.parameters(), lr=0.1), model, DECAY)
+    with pytest.raises(ValueError, match="decay_to_target: optimizer"):
+        mk.decay_to_target(torch.optim.SGD(model.classifier.parameters(), lr=0.1), model, DECAY)
+
+
+def test_nothing_to_track():
+    for model in (Net(), nn.Sequential(mk.MixLinear(4, 4, p=0.5))):
+        with pytest.raises(ValueError, match="track_targets: model: expected one with mixout layers that have"):
+            mk.track_targets(torch.optim.SGD(model.parameters(), lr=0.1), model, 0.5)

@@ -1,0 +1,179 @@
+"""A sampler's life: copies of its model, its removal, its end, and what it refuses."""
+
+import copy
+import gc
+import io
+import math
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+import mixout_kernels as mk
+
+from . import models
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+def test_a_copy_of_the_model_has_no_sampler(copied):
+    model, x = models.with_mixout(models.attention_net()), models.random_input()
+    sampler = mk.MixSampler(model)
+    models.run(model, x)
+    twin = copied(model)
+    assert all(layer.slot is None for layer in models.mixed_layers(twin).values())
+    assert not torch.equal(twin(x), twin(x))  # every forward draws anew
+    assert torch.equal(model(x), model(x))
+    mk.MixSampler(twin, seed=sampler.state_dict()["seed"])
+    models.run(twin, x).assert_same_bits(models.run(model, x))
+    # Steps of the copy are no steps of the original.
+    models.step(twin, torch.optim.SGD(twin.parameters(), lr=0.1), x)
+    assert sampler.step == 0
+
+
+def test_a_copy_of_one_layer_has_no_sampler():
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model)
+    assert copy.deepcopy(model[0]).slot is None
+
+
+def test_the_models_state_dict_is_the_plain_one():
+    model = models.with_mixout(models.attention_net())
+    mk.MixSampler(model)
+    models.run(model, models.random_input())
+    assert model.state_dict().keys() == models.attention_net().state_dict().keys()
+
+
+def hooks():
+    gc.collect()  # samplers of the tests before
+    return len(torch_optimizer._global_optimizer_post_hooks)
+
+
+def test_remove():
+    before = hooks()
+    model, x = models.with_mixout(models.attention_net()), models.random_input()
+    sampler = mk.MixSampler(model)
+    models.run(model, x)
+    assert hooks() == before + 1
+    sampler.remove()
+    assert hooks() == before
+    assert not torch.equal(model(x), model(x))
+    models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    assert sampler.step == 0
+    mk.MixSampler(model).remove()  # another one may follow
+    sampler.remove()  # and again is no error
+    assert hooks() == before
+
+
+def test_an_old_sampler_that_is_removed_again_leaves_the_new_one_alone():
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    old = mk.MixSampler(model)
+    old.remove()
+    mk.MixSampler(model)
+    old.remove()
+    assert torch.equal(model(x), model(x))
+
+
+def test_remove_mixout_removes_the_sampler_too():
+    before = hooks()
+    model, x = models.with_mixout(models.attention_net()), models.random_input()
+    sampler = mk.MixSampler(model)
+    models.run(model, x)
+    parameters = dict(model.named_parameters())
+    mk.remove_mixout(model)
+    assert hooks() == before
+    assert not models.mixed_layers(model)
+    assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert torch.equal(model(x), model.eval()(x))
+    assert not any("slot" in vars(module) for module in model.modules())
+    models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    assert sampler.step == 0
+
+
+def test_a_sampler_goes_with_its_model():
+    before = hooks()
+    model = models.with_mixout(models.attention_net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reference = weakref.ref(mk.MixSampler(model))
+    models.step(model, optimizer, models.random_input())
+    gc.collect()
+    assert reference() is not None  # the model keeps it
+    assert hooks() == before + 1
+    del model
+    gc.collect()
+    assert reference() is None
+    assert hooks() == before
+    optimizer.step()  # and nothing is left behind that a step would run into
+
+
+def test_a_model_without_an_optimizer_of_torch_keeps_its_masks():
+    """The sampler counts torch.optim steps; with any other update the masks stay, but Phi is mixed anew."""
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    mk.MixSampler(model)
+    models.run(model, x)
+    seeds = models.seeds_of(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad, alpha=0.1)
+    assert models.seeds_of(model) == seeds
+    assert torch.equal(model(x), models.reference_run(model, x).output)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, math.nan, "1"])
+def test_every_must_be_a_count(every):
+    with pytest.raises(ValueError, match=r"MixSampler: every: expected an int >= 1 or math.inf, got"):
+        mk.MixSampler(models.with_mixout(models.mlp()), every=every)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.0, True, torch.tensor(1)])
+def test_seed_must_be_an_int_of_64_bits(seed):
+    with pytest.raises(ValueError, match="MixSampler: seed: expected an int of 64 bits or None, got"):
+        mk.MixSampler(models.with_mixout(models.mlp()), seed=seed)
+
+
+def test_a_model_without_mixout():
+    with pytest.raises(ValueError, match=r"MixSampler: model: expected one with mixout layers; call apply_mixout"):
+        mk.MixSampler(models.mlp())
+
+
+def test_a_model_with_a_sampler():
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model)
+    with pytest.raises(ValueError, match=r"MixSampler: model: expected one without a sampler; call remove\(\)"):
+        mk.MixSampler(nn.Sequential(model))
+
+
+@pytest.mark.parametrize("share_masks", ["query", ["query", "key"]])
+def test_share_masks_must_be_groups(share_masks):
+    with pytest.raises(TypeError, match="MixSampler: share_masks: expected groups of names, got the string"):
+        mk.MixSampler(models.with_mixout(models.mlp()), share_masks=share_masks)
+
+
+@pytest.mark.parametrize("state", [{}, {"seed": 1}, {"seed": 1, "step": 2, "every": 3}, None])
+def test_a_state_that_is_none(state):
+    sampler = mk.MixSampler(models.with_mixout(models.mlp()))
+    with pytest.raises(ValueError, match=r"MixSampler\.load_state_dict: state: expected the keys seed and step, got"):
+        sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize("arguments", [{"every": 0}, {"seed": 0.5}, {"share_masks": "query"}])
+def test_a_refused_sampler_leaves_the_model_without_one(arguments):
+    before = hooks()
+    model = models.with_mixout(models.mlp())
+    with pytest.raises((ValueError, TypeError)):
+        mk.MixSampler(model, **arguments)
+    assert hooks() == before
+    assert all(layer.slot is None for layer in models.mixed_layers(model).values())

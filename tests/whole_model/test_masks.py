@@ -1,0 +1,252 @@
+"""Which masks a sampler gives: the function of its seed and step, one per optimizer step, the same after a resume."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+import mixout_kernels as mk
+
+from . import models
+from .transformers_models import MODELS, inputs, make
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+    "adamw-foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, foreach=True),
+    "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("premix", [True, False], ids=["premix", ""])
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+def test_forward_is_the_plain_model_over_the_reference_mix(mask, premix):
+    """On a CPU to the last bit; gradients within the error budget."""
+    model = models.with_mixout(models.attention_net(), mask=mask)
+    mk.MixSampler(model, premix=premix)
+    x = models.random_input()
+    ours, torchs = models.run(model, x), models.reference_run(model, x)
+    assert torch.equal(ours.output, torchs.output)
+    models.assert_in_budget(ours, torchs, models.reference_run(model, x, torch.float64))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_models(name):
+    model, x = models.with_mixout(make(name)), inputs(name)
+    mk.MixSampler(model)
+    ours, torchs = models.run(model, x), models.reference_run(model, x)
+    assert torch.equal(ours.output, torchs.output)
+    models.assert_in_budget(ours, torchs, models.reference_run(model, x, torch.float64))
+
+
+def test_device(device):
+    """The same on whatever there is, within the budget."""
+    model = models.with_mixout(models.attention_net(), device=device)
+    mk.MixSampler(model)
+    x = models.random_input(device=device)
+    ours, torchs = models.run(model, x), models.reference_run(model, x)
+    models.assert_in_budget(ours, torchs, models.reference_run(model, x, torch.float64))
+
+
+def test_the_mask_is_the_public_keep_mask_of_the_layers_seed():
+    """With the identity as input, a layer's output shows its weight: u where keep_mask says dropped, and only there."""
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model)
+    layer = model[0]
+    y = torch.nn.Sequential(layer)(torch.eye(models.IN)).t() - layer.bias[:, None]
+    keep = mk.keep_mask(layer.slot.seed, p=0.5, shape=layer.weight.shape)
+    exact = layer.weight.shape[0] * torch.finfo(torch.float32).eps  # the bias was added and taken away again
+    assert torch.equal(((y - layer.target).abs() > exact).any(0), keep)
+
+
+def test_layers_draw_apart():
+    """No two layers, and no two steps, share a seed."""
+    model = models.with_mixout(models.mlp())
+    sampler = mk.MixSampler(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    seeds = []
+    for _ in range(50):
+        seeds += models.seeds_of(model).values()
+        models.step(model, optimizer, models.random_input())
+    assert len(set(seeds)) == len(seeds) == 100
+    assert sampler.step == 50
+
+
+def test_the_drop_rate_over_steps_is_p():
+    """Each feature of 48 over 400 steps: a binomial count, within 5 standard deviations (2e-6 a test) in the mean."""
+    p, steps = 0.7, 400
+    model = models.with_mixout(models.mlp(), p=p)
+    sampler = mk.MixSampler(model, seed=1)
+    kept = torch.zeros(models.IN)
+    for number in range(steps):
+        sampler.load_state_dict({"seed": 1, "step": number})
+        kept += models.mask_of(model[0])[0]
+    deviation = math.sqrt(p * (1 - p) / steps)
+    assert abs(kept.mean() / steps - (1 - p)) < 5 * deviation / math.sqrt(models.IN)
+    assert ((kept / steps - (1 - p)).abs() < 5 * deviation).all()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_new_mask_after_every_optimizer_step_and_no_sooner(device, optimizer):
+    model = models.with_mixout(models.mlp(), device=device)
+    sampler = mk.MixSampler(model)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    previous = None
+    for number in range(4):
+        seeds = models.seeds_of(model)
+        assert seeds != previous
+        assert sampler.step == number
+        for micro_batch in range(3):  # gradient accumulation: one mask
+            model(models.random_input(micro_batch + 2, device=device)).square().mean().backward()
+            assert models.seeds_of(model) == seeds
+        optimizer.step()
+        optimizer.zero_grad()
+        previous = seeds
+
+
+def test_accumulated_gradients_are_those_of_one_mask():
+    """Paper, eq. 2: the gradient over two micro-batches is the one of the whole batch under the same mask."""
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model)
+    x = models.random_input(8)
+    whole = models.run(model, x, lambda x: model(x))
+    model.zero_grad()
+    for half in x.chunk(2):
+        model(half).square().sum().backward()
+    halves = models.Results(whole.output, {name: p.grad.clone() for name, p in model.named_parameters()})
+    models.assert_in_budget(halves, models.reference_run(model, x), models.reference_run(model, x, torch.float64))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, math.inf])
+def test_every(every):
+    model = models.with_mixout(models.mlp())
+    sampler = mk.MixSampler(model, every=every)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    seen = []
+    for _ in range(7):
+        seen.append(models.seeds_of(model))
+        models.step(model, optimizer, models.random_input())
+    changed = [first != second for first, second in itertools.pairwise(seen)]
+    assert changed == [every != math.inf and (number + 1) % every == 0 for number in range(6)]
+    assert sampler.step == 7
+
+
+def test_a_fixed_mask_is_mixed_anew_from_the_new_weights():
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model, every=math.inf)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = models.random_input()
+    first = model(x)
+    models.step(model, optimizer, x)
+    assert not torch.equal(model(x), first)
+    assert torch.equal(model(x), models.reference_run(model, x).output)
+
+
+def test_only_an_optimizer_of_the_models_weights_counts():
+    model, other = models.with_mixout(models.mlp()), models.mlp()
+    sampler = mk.MixSampler(model)
+    models.step(other, torch.optim.SGD(other.parameters(), lr=0.01), models.random_input())
+    assert sampler.step == 0
+
+
+def test_weights_that_join_an_optimizer_later_count():
+    """Gradual unfreezing: first the head alone, then the body with add_param_group."""
+    model = models.with_mixout(torch.nn.Sequential(*models.mlp(), torch.nn.Linear(models.OUT, 2)), exclude=["3"])
+    sampler = mk.MixSampler(model)
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.01)
+    models.step(model, optimizer, models.random_input())
+    assert sampler.step == 0
+    optimizer.add_param_group({"params": [*model[0].parameters(), *model[2].parameters()]})
+    models.step(model, optimizer, models.random_input())
+    assert sampler.step == 1
+
+
+def test_same_seed_same_masks_and_the_default_generator_governs_it():
+    def masks(seed, generator_seed):
+        torch.manual_seed(generator_seed)
+        model = models.with_mixout(models.mlp())
+        torch.manual_seed(generator_seed)
+        mk.MixSampler(model, seed=seed)
+        return models.seeds_of(model)
+
+    assert masks(5, 1) == masks(5, 2)
+    assert masks(None, 1) == masks(None, 1)
+    assert masks(None, 1) != masks(None, 2)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1, 0])
+def test_seeds_at_the_ends_of_64_bits(seed):
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model, seed=seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        x = models.random_input()
+        assert torch.equal(model(x), models.reference_run(model, x).output)
+        models.step(model, optimizer, x)
+
+
+class Training:
+    """A model, its optimizer and its sampler, as a script makes them from the pretrained weights."""
+
+    def __init__(self, pretrained, **options):
+        self.model = copy.deepcopy(pretrained)
+        mk.apply_mixout(self.model, p=0.5)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
+        self.sampler = mk.MixSampler(self.model, **options)
+
+    def train(self, steps):
+        for number in steps:
+            models.step(self.model, self.optimizer, models.random_input(number + 1))
+
+    def state(self):
+        return {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "sampler")}
+
+    def load(self, state):
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+@pytest.mark.parametrize("every", [1, 3, math.inf])
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, every):
+    pretrained = models.attention_net()
+    whole = Training(pretrained, every=every)
+    whole.train(range(4))
+    torch.save(whole.state(), tmp_path / "state.pt")
+    whole.train(range(4, 8))
+
+    resumed = Training(pretrained, every=every)  # with a seed of its own
+    resumed.model(models.random_input())  # which has mixed already
+    assert models.seeds_of(resumed.model) != models.seeds_of(whole.model)
+    resumed.load(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert resumed.sampler.step == 4
+    resumed.train(range(4, 8))
+    assert models.seeds_of(resumed.model) == models.seeds_of(whole.model)
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_state_dict_holds_the_seed_and_the_step():
+    model = models.with_mixout(models.mlp())
+    sampler = mk.MixSampler(model, seed=-17)
+    models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), models.random_input())
+    assert sampler.state_dict() == {"seed": -17, "step": 1}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_gradscaler_skips_draws_no_new_mask(device, optimizer):
+    """A fused optimizer is called all the same, and told of the overflow by a tensor."""
+    model = models.with_mixout(models.mlp(), device=device)
+    sampler = mk.MixSampler(model)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    scaler = torch.amp.GradScaler(device)
+    steps = 0
+    for factor in (1.0, math.inf, 1.0, math.nan, 1.0):
+        seeds = models.seeds_of(model)
+        optimizer.zero_grad()
+        scaler.scale(factor * model(models.random_input(device=device)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps += math.isfinite(factor)
+        assert sampler.step == steps
+        assert (models.seeds_of(model) != seeds) == math.isfinite(factor)
