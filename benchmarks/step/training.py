@@ -1,0 +1,62 @@
+"""A variant in training, one step at a time, and what a step keeps in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .variants import Variant
+from .workload import Workload
+
+
+class Training:
+    def __init__(self, workload: Workload, variant: Variant) -> None:
+        self.workload, self.variant = workload, variant
+        self.model = workload.model()
+        variant.prepare(self.model)
+        self.sampler = variant.sampler(self.model)
+        self.batch = workload.batch()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=True)
+        # dynamic=False: the batch has one shape, and code for one shape is the faster one.
+        compiled = variant.kind == "compiled"
+        self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
+
+    def loss(self) -> Tensor:
+        with self.workload.autocast():
+            return self.call(**self.batch).loss
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    @property
+    def target_bytes(self) -> int:
+        """Of the frozen targets, each once."""
+        targets = {t.data_ptr(): t.nbytes for name, t in self.model.named_buffers() if name.endswith(".target")}
+        return sum(targets.values())
+
+    @property
+    def mixed_bytes(self) -> int:
+        """Of Phi, where it is kept between steps."""
+        return 0 if self.sampler is None else self.sampler.extra_bytes
+
+    def saved_bytes(self) -> int:
+        """What one forward keeps for backward, each storage once; weights, targets and Phi aside."""
+        mixed = [layer.slot.mixed for layer in self.model.modules() if getattr(layer, "slot", None) is not None]
+        known = [*self.model.parameters(), *self.model.buffers(), *(t for t in mixed if t is not None)]
+        addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
+        saved: dict[int, Tensor] = {}  # the tensors themselves: a freed address would be used again
+
+        def note(tensor: Tensor) -> Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in addresses:
+                saved[address] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.loss()
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())

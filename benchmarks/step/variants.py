@@ -1,0 +1,61 @@
+"""The ways to regularise the same training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from benchmarks.baselines import apply_plain_mixout
+from mixout_kernels import MixSampler, apply_mixout
+
+Kind = Literal["dropout", "none", "plain", "compiled", "layers", "sampler", "no premix"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    kind: Kind
+    p: float = 0.0
+
+    @property
+    def name(self) -> str:
+        names = {
+            "dropout": "dropout 0.1",
+            "none": "no regularisation",
+            "plain": "plain formula",
+            "compiled": "torch.compile(plain formula)",
+            "layers": "mixout_kernels, layer by layer",
+            "sampler": "mixout_kernels, sampler",
+            "no premix": "mixout_kernels, sampler, premix=False",
+        }
+        return names[self.kind] + (f", p={self.p:g}" if self.p else "")
+
+    @property
+    def ours(self) -> bool:
+        return self.kind in ("layers", "sampler", "no premix")
+
+    def prepare(self, model: nn.Module) -> None:
+        """Changes a model with its pretrained weights, in place; "dropout" leaves it as it is."""
+        if self.kind == "none":
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        elif self.kind in ("plain", "compiled"):
+            apply_plain_mixout(model, p=self.p)
+        elif self.ours:
+            apply_mixout(model, p=self.p)
+
+    def sampler(self, model: nn.Module) -> MixSampler | None:
+        """For a prepared model."""
+        if self.kind not in ("sampler", "no premix"):
+            return None
+        return MixSampler(model, premix=self.kind == "sampler")
+
+
+def all_variants() -> list[Variant]:
+    """The plain formula costs the same for every p, so it runs at one."""
+    found = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("compiled", 0.7)]
+    for p in (0.7, 0.9):
+        found += [Variant("layers", p), Variant("no premix", p), Variant("sampler", p)]
+    return found
