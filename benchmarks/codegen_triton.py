@@ -124,7 +124,7 @@ def _describe(kernel: triton.compiler.CompiledKernel, configuration: str, arch: 
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = _output("cuobjdump", "-res-usage", cubin.name)
-        sass = _output("nvdisasm", "-c", cubin.name)
+        sass = _output("nvdisasm", "-ndf", "-c", cubin.name)
     return Compiled(
         name=kernel.metadata.name.strip("_").removesuffix("_kernel"),
         configuration=configuration,

@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         if variant.kind == "dropout" or (re.search(options.only, variant.name) and _wanted(variant, options))
     ]
     try:
-        found = measure(name, variants, rounds, not options.quick, lambda text: print(text, file=sys.stderr))
+        with_memory = not (options.quick or options.no_memory)
+        found = measure(name, variants, rounds, with_memory, lambda text: print(text, file=sys.stderr))
     except FinetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,6 +53,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="steps of each variant (30)")
     parser.add_argument("--quick", action="store_true", help="a tiny model on the CPU and few rounds: a smoke test")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile(plain formula) out")
+    parser.add_argument("--no-memory", action="store_true", help="leave the peak memory on a CPU out")
     parser.add_argument("--only", default="", metavar="REGEX", help="only these, and dropout: 'sampler|plain'")
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
@@ -67,7 +69,8 @@ def _machine(device: str) -> dict[str, str | int]:
     machine = {name: value for name, value in environment().items() if name != "system"}
     if device == "cuda":
         return {"gpu": torch.cuda.get_device_name(), **machine}
-    return {**machine, "THP_MEM_ALLOC_ENABLE": os.environ["THP_MEM_ALLOC_ENABLE"]}
+    switches = {name: os.environ[name] for name in ("THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY") if name in os.environ}
+    return {**machine, **switches}
 
 
 if __name__ == "__main__":

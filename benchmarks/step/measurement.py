@@ -55,13 +55,16 @@ def measure(
     workload: str, variants: Sequence[Variant], rounds: int, with_memory: bool, say: Callable[[str], None]
 ) -> list[Measurement]:
     """All variants are in memory together and take their steps in turn: every round one step of each."""
+    peaks: dict[Variant, int] = {}
+    if with_memory and WORKLOADS[workload].device == "cpu":
+        say(f"peak memory of {len(variants)} variants")
+        peaks = peak_bytes(workload, variants)
     found: list[Measurement] = []
     samplers: dict[str, Callable[[], float]] = {}
     for variant in variants:
         say(f"{variant.name}: warm-up")
         training, measurement = _prepared(workload, variant)
-        if with_memory and measurement.peak_bytes is None:
-            measurement.peak_bytes = peak_bytes(workload, variant)
+        measurement.peak_bytes = peaks.get(variant, measurement.peak_bytes)
         found.append(measurement)
         samplers[variant.name] = _sampler(training)
     say(f"{rounds} rounds of {len(found)} steps")

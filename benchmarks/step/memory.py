@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from .training import Training
@@ -16,19 +16,18 @@ from .workload import WORKLOADS
 STEPS = 3
 
 
-def peak_bytes(workload: str, variant: Variant) -> int | None:
+def peak_bytes(workload: str, variants: Sequence[Variant]) -> dict[Variant, int]:
     """How far the resident memory rises above what the process had before its model was loaded.
 
-    None where the system does not tell, the process was killed, or the variant compiles code (whose compiler would be
-    most of what is measured).
+    Not of variants that compile code, whose compiler would be most of what is measured, and only where the system
+    tells it.
     """
-    if sys.platform != "linux" or variant.kind == "compiled":
-        return None
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(_measure, workload, variant).result()
-        except BrokenProcessPool:
-            return None
+    if sys.platform != "linux":
+        return {}
+    measured = [variant for variant in variants if variant.kind != "compiled"]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as processes:
+        return dict(zip(measured, processes.map(_measure, [workload] * len(measured), measured), strict=True))
 
 
 def _measure(workload: str, variant: Variant) -> int:

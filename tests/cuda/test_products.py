@@ -61,7 +61,7 @@ def test_float32_weight_in_half_precision(device, schedule, compute, target, tra
     with torch.autocast(device, compute):
         results = budget.ours(problem, "cuda", schedule=schedule)
     assert results.dw.dtype == torch.float32
-    exact, bound = budget.truth(problem), budget.magnitude(problem)
+    exact, (norm1, norm2) = budget.truth(problem), budget.magnitudes(problem)
     phi = budget.plain_mixout(problem.w, None if problem.u is None else problem.u.float(), problem.keep, problem.scale)
     x, g, phi = problem.x, problem.g, phi.to(compute)
     in_torch = {"y": x @ phi.t() + problem.b, "dx": g @ phi, "dw": problem.keep * problem.scale * (g.t() @ x).float()}
@@ -70,7 +70,8 @@ def test_float32_weight_in_half_precision(device, schedule, compute, target, tra
             getattr(results, name),
             getattr(exact, name),
             in_torch[name],
-            getattr(bound, name),
+            norm1=getattr(norm1, name),
+            norm2=getattr(norm2, name),
             dtype=torch.float32 if name == "dw" else compute,
             terms=terms,
             scale=problem.scale,
@@ -98,14 +99,15 @@ def test_splits(kernels, device, monkeypatch, mask, backward):
         monkeypatch.setattr(kernels, "_multiprocessors", lambda _, count=multiprocessors: count)
         result = product(kernels, problem, features_are_outputs=backward)
         name = "dx" if backward else "y"
-        exact, bound = budget.truth(problem), budget.magnitude(problem)
+        exact, (norm1, norm2) = budget.truth(problem), budget.magnitudes(problem)
         without_bias = problem.b.double() if name == "y" else 0
         in_torch = problem.g @ phi(problem) if backward else problem.x @ phi(problem).t()
         budget.assert_close(
             result,
             getattr(exact, name) - without_bias,
             in_torch,
-            getattr(bound, name),
+            norm1=getattr(norm1, name),
+            norm2=getattr(norm2, name),
             dtype=torch.bfloat16,
             terms=1100,
             name=name,

@@ -92,7 +92,7 @@ def test_a_wrong_gradient_does_not(kind, monkeypatch):
 
 
 def test_every_round_has_one_step_of_each(workload, monkeypatch):
-    monkeypatch.setattr(measurement, "peak_bytes", lambda *_: 5 << 20)
+    monkeypatch.setattr(measurement, "peak_bytes", lambda _, variants: dict.fromkeys(variants, 5 << 20))
     variants = [variant for variant in all_variants() if variant.kind != "compiled"]
     said = []
     found = measurement.measure("smallest", variants, rounds=3, with_memory=True, say=said.append)
@@ -103,9 +103,12 @@ def test_every_round_has_one_step_of_each(workload, monkeypatch):
 
 
 def test_peak_memory_of_a_fresh_process():
-    """At least weights, gradients and Adam's two moments of 3.9 million parameters, 4 bytes each."""
-    found = measurement.peak_bytes("tiny", Variant("dropout"))
-    assert 4 * 4 * 3.9e6 < found < 40 * 4 * 3.9e6
+    """At least weights, gradients and Adam's two moments, and on top of it the targets and Phi."""
+    parameters = sum(p.nbytes for p in WORKLOADS["tiny"].model().parameters())
+    dropout, compiled, sampler = Variant("dropout"), Variant("compiled", 0.7), Variant("sampler", 0.7)
+    found = measurement.peak_bytes("tiny", [dropout, compiled, sampler])
+    assert set(found) == {dropout, sampler}
+    assert all(4 * parameters < peak < 40 * parameters for peak in found.values())
 
 
 def report_of(**changes):
