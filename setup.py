@@ -88,7 +88,18 @@ def cpu_extensions() -> list:
     return [CppExtension("mixout_kernels._C", SOURCES, extra_compile_args=flags + openmp, extra_link_args=openmp)]
 
 
+def torch_has_cuda() -> bool:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return torch.version.cuda is not None
+
+
 def cuda_extensions() -> list:
+    # Beside a torch without CUDA nobody expects them, and a notice would be noise.
+    if setting("MIXOUT_KERNELS_CUDA") == "auto" and not torch_has_cuda():
+        return []
     if not is_to_be_built("MIXOUT_KERNELS_CUDA", "CUDA kernels", what_is_missing_for_cuda):
         return []
 

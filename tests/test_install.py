@@ -57,7 +57,7 @@ def test_no_compiler_and_nothing_asked_for_is_a_notice(source, tmp_path):
     assert done.returncode == 0
     assert done.stdout.split() == ["mixout_kernels"]
     assert done.stderr.strip() == (
-        "mixout_kernels: installing without compiled kernels (no C++ compiler: c++ is not on PATH)"
+        "mixout_kernels: installing without the CPU kernels (no C++ compiler: c++ is not on PATH)"
     )
 
 

@@ -105,7 +105,8 @@ def test_cuda_that_cannot_be_built(tmp_path, toolkit, torch_cuda, reason):
     assert left.returncode == 0
     assert left.stdout.startswith("extension mixout_kernels._C ")
     assert "_cuda" not in left.stdout
-    assert left.stderr.startswith(f"mixout_kernels: installing without the CUDA kernels ({reason}")
+    notice = "" if torch_cuda is None else f"mixout_kernels: installing without the CUDA kernels ({reason}"
+    assert left.stderr[: len(notice) or None] == notice  # silent beside a torch that has no CUDA
 
     asked = run_setup(tmp_path / "asked", toolkit=toolkit, torch_cuda=torch_cuda, MIXOUT_KERNELS_CUDA="1")
     assert asked.returncode == 1

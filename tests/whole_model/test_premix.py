@@ -214,6 +214,17 @@ def test_no_backward_uses_the_phi_of_another_forward(premix, change):
         loss.backward()
 
 
+def test_no_backward_uses_the_phi_of_another_p():
+    """Weight, target and seed are as they were: Phi alone was written again."""
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    mk.MixSampler(model)
+    loss = model(x).square().sum()
+    model[2].p = 0.9
+    model(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def zero_target(model):
     layer = model[0]
     model[0] = mk.MixLinear(models.IN, models.IN, p=0.5)
