@@ -67,7 +67,8 @@ class Settings:
     steps: int | None = None  # takes the place of epochs
     batch_size: int = 16
     max_length: int = 32
-    # Of 1e-4 and 2e-4 the one at which mixout with p = 0.9 leaves the chance level within three epochs of 44 steps.
+    # One restart at 1e-4: dropout 74.0 %, mixout p = 0.7 73.6 %, p = 0.9 61.0 %; at 2e-4: 72.3, 73.8 and 70.6 %. Within
+    # three epochs p = 0.9 needs the larger rate; dropout did better with the smaller (2e-4: one of three degenerate).
     lr: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
