@@ -18,7 +18,7 @@ from glob import glob
 from setuptools import setup
 
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/columns.cu", "csrc/cuda/mix.cu", "csrc/cuda/product.cu"]
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/mixout.cpp", "csrc/cpu/mix_linear.cpp"]
+SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
 
 
 def setting(name: str) -> str:

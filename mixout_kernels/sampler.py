@@ -35,7 +35,7 @@ class MixSampler:
 
     - all micro-batches of a gradient accumulation share the masks of their step (paper, eq. 2: one mask per step);
     - the mixed weights Phi of all layers are written in one launch after each optimizer step, in the compute dtype, and
-      both forward and backward use them: under autocast this replaces autocast's own cast of w;
+      both forward and backward use them: under autocast this replaces autocast's own cast of w (see ``premix``);
     - layers that read the same activation (query, key, value) share a neuron mask, which is closer to eq. 8 of the
       paper, where a dropped neuron loses all its outgoing weights; x[:, kept] is then saved once for all of them.
 
@@ -51,7 +51,8 @@ class MixSampler:
         share_masks: groups of attribute names; the layers of one parent module with these names share one neuron mask
             if their p and in_features agree. ``()`` gives every layer its own.
         premix: keep Phi of every layer between steps. Costs ``extra_bytes``, the bytes of the mixed weights in the
-            compute dtype; False mixes in each forward and backward.
+            compute dtype; False mixes in each forward and backward. None premixes where that is the faster way: not
+            where the CPU's fused product mixes at no measurable cost.
         seed: of the first mask, an int; None draws it from torch's default generator.
         same_on_all_ranks: under torch.distributed, take rank 0's seed on every rank; False gives each rank its own.
 
@@ -65,7 +66,7 @@ class MixSampler:
         *,
         every: float = 1,
         share_masks: Iterable[Sequence[str]] = SAME_INPUT,
-        premix: bool = True,
+        premix: bool | None = None,
         seed: int | None = None,
         same_on_all_ranks: bool = True,
     ) -> None:
@@ -218,7 +219,7 @@ class _Slot:
         if self.seed.device != weight.device:
             sampler.place(weight.device)
         dtype = compute_dtype(input)
-        mixed = self._present_mixed(dtype) if sampler.premix else None
+        mixed = self._present_mixed(dtype) if sampler.premix is not False else None
         share = self.shared.siblings > 1
         kept = self.shared.get(input, dtype, sampler.draws) if share else None
         y, gathered = sampled_linear(
@@ -257,9 +258,12 @@ class _Slot:
         weight, target = self.operands()
         zero_columns = target is None and self.layer.mask == "neuron"
         backend = "reference"
-        if self.sampler.premix and self.dtype is not None and self.layer.p not in (0, 1) and not zero_columns:
+        premix = self.sampler.premix
+        if premix is not False and self.dtype is not None and self.layer.p not in (0, 1) and not zero_columns:
             target_dtype = weight.dtype if target is None else target.dtype
             backend = backends.choose(None, None, weight.device.type, weight.dtype, target_dtype, self.dtype)
+            if premix is None and backend != "reference" and not backends.load(backend).premixing_pays(self.dtype):
+                backend = "reference"
         if backend == "reference":
             self.mixed = None
             return None

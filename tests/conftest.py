@@ -55,9 +55,9 @@ class Case:
         """A GPU kernel that an interpreter or an emulation runs on CPU tensors: thousands of times slower."""
         return self.backend in ("triton", "cuda") and self.device == "cpu"
 
-    @property
-    def schedules(self) -> tuple[str | None, ...]:
-        return (None,) if self.backend == "reference" else (None, *backends.load(self.backend).SCHEDULES)
+    def schedules(self, compute: torch.dtype = torch.float32) -> tuple[str | None, ...]:
+        """None, which lets the backend choose, and what it can be asked for."""
+        return (None,) if self.backend == "reference" else (None, *backends.load(self.backend).schedules(compute))
 
     def require(
         self, weight: torch.dtype, target: torch.dtype | None = None, compute: torch.dtype | None = None

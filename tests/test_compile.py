@@ -51,7 +51,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
 def test_equals_eager_bit_for_bit(case, mask, target):
     problem = budget.random_problem((16,), 100, 63, device=case.device, mask=mask, target=target)
-    for schedule in case.schedules:
+    for schedule in case.schedules():
         torch._dynamo.reset()
         eager = layer(problem, case, schedule)
         call, counter = compiled(eager)

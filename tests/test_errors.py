@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mixout_kernels as mk
+from mixout_kernels import backends
 
 X, W, U, B = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(5, 4), torch.ones(5)
 NAN = float("nan")
@@ -173,16 +174,27 @@ def test_a_named_backend_does_not_fall_back(case):
 
 
 def test_a_schedule_that_a_backend_does_not_have(case):
-    for schedule in {"fused", "staged"} - set(case.schedules):
-        with pytest.raises(RuntimeError, match=f"^backend='{case.backend}' was asked for, but it has the schedules"):
+    for schedule in {"fused", "staged"} - set(case.schedules()):
+        with pytest.raises(RuntimeError, match=f"^backend='{case.backend}' was asked for, but for .* the schedules"):
             linear(*(t.to(case.device) for t in (X, W, U, B)), backend=case.backend, schedule=schedule)
 
 
 def test_a_schedule_that_no_backend_has_here():
-    with pytest.raises(
-        RuntimeError, match=r"^schedule='fused' was asked for, but no backend on cpu can follow it here$"
-    ):
-        linear(schedule="fused")
+    message = r"^schedule='fused' was asked for, but no backend on cpu can follow it here$"
+    with pytest.raises(RuntimeError, match=message):
+        linear(*(t.double() for t in (X, W, U, B)), schedule="fused")
+
+
+def test_without_avx_512_the_cpu_backend_is_staged(case, monkeypatch):
+    if case.backend != "cpu":
+        pytest.skip("of the cpu backend")
+    staged = linear(seed=1, backend="cpu", schedule="staged")
+    monkeypatch.setattr(backends.load("cpu")._C, "cpu_product_available", lambda: False)
+    backends._reason_against.cache_clear()
+    with pytest.raises(RuntimeError, match=r"but for torch.float32 it has the schedules staged here, got schedule='fu"):
+        linear(backend="cpu", schedule="fused")
+    backends._reason_against.cache_clear()
+    assert torch.equal(linear(seed=1, backend="cpu"), staged)
 
 
 def test_the_cpu_backend_takes_cpu_tensors(case):

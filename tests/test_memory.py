@@ -111,7 +111,7 @@ def test_mixout_allocates_its_result_and_nothing_else_of_that_size(case, mask, t
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["float32", "autocast"])
-def test_forward_allocates_the_mixed_weight_once(case, transposed, low):
+def test_staged_forward_allocates_the_mixed_weight_once(case, transposed, low):
     """One temporary of the weight's size, in the dtype of the product: no mask, no difference, no cast."""
     if case.backend != "cpu":
         pytest.skip("the CPU allocator is what the profiler sees here")
@@ -129,5 +129,26 @@ def test_forward_allocates_the_mixed_weight_once(case, transposed, low):
     dtype = low or torch.float32
     weight_bytes = 400 * 300 * dtype.itemsize
     of_the_product = large(F.linear, problem.w.to(dtype))
-    of_the_layer = large(mk.mix_linear, problem.w, problem.u, p=0.7, seed=seed, backend="cpu")
+    of_the_layer = large(mk.mix_linear, problem.w, problem.u, p=0.7, seed=seed, backend="cpu", schedule="staged")
     assert sorted(of_the_layer) == sorted([*of_the_product, weight_bytes])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+def test_fused_products_allocate_their_results_alone(case, mask, target, transposed):
+    """Phi never lies in memory: y and dx are larger than the weight here, and nothing else of its size comes to be."""
+    if case.backend != "cpu" or "fused" not in case.schedules():
+        pytest.skip("the CPU allocator is what the profiler sees here, and only with AVX-512 the product is fused")
+    problem = budget.random_problem((400,), 200, 200, p=0.9, mask=mask, target=target, transposed=transposed)
+    problem.x.requires_grad_()
+    seed = torch.tensor([1])
+    options = {"p": 0.9, "mask": mask, "seed": seed, "backend": "cpu", "schedule": "fused"}
+
+    def large(run):
+        return [size for size in allocations(run) if size >= problem.w.nbytes / 2]
+
+    y = mk.mix_linear(problem.x, problem.w, problem.u, problem.b, **options)
+    assert large(lambda: mk.mix_linear(problem.x, problem.w, problem.u, problem.b, **options)) == [y.nbytes]
+    backward = large(lambda: torch.autograd.grad(y, problem.x, problem.g))
+    assert backward == [problem.x.nbytes]

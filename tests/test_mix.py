@@ -160,7 +160,7 @@ def test_output_for_the_identity_is_the_mixed_weight(any_case, dtype, mask, tran
         keep = keep_of(w, p, mask)
         for target in (u, None):
             expected = mk.mixout(w, target, p=p, mask=mask, seed=SEED, backend=any_case.backend)
-            for schedule in any_case.schedules:
+            for schedule in any_case.schedules(dtype):
                 y = mk.mix_linear(x, w, target, p=p, mask=mask, seed=SEED, backend=any_case.backend, schedule=schedule)
                 assert torch.equal(y.t(), expected), (p, schedule)
                 assert_mixed(y.t(), w, target, keep, p, bitwise=any_case.backend == "cpu")
@@ -187,7 +187,7 @@ def test_a_dropped_nan_reaches_nothing(any_case, mask, poison, dtype):
     for target in (clean.u, None):
         clean.u = target
         keep = clean.keep
-        for schedule in any_case.schedules:
+        for schedule in any_case.schedules(dtype):
             expected = budget.ours(clean, any_case.backend, schedule=schedule)
             poisoned = budget.Problem(**{**vars(clean), "w": torch.where(keep, clean.w, poison)})
             got = budget.ours(poisoned, any_case.backend, schedule=schedule)
@@ -204,7 +204,7 @@ def test_a_kept_nan_reaches_the_output(any_case, mask):
     problem.w = torch.where(problem.keep, float("nan"), problem.w)
     phi = mk.mixout(problem.w, problem.u, p=0.5, mask=mask, seed=problem.seed, backend=any_case.backend)
     assert torch.equal(phi.isnan(), problem.keep)
-    for schedule in any_case.schedules:
+    for schedule in any_case.schedules():
         assert budget.ours(problem, any_case.backend, schedule=schedule).y.isnan().all()
 
 
@@ -213,19 +213,20 @@ def test_gradient_of_a_dropped_entry_is_zero_whatever_the_input(any_case, mask):
     problem = budget.random_problem((9,), 63, 20, device=any_case.device, p=0.5, mask=mask)
     problem.x[:, :3] = float("inf")
     problem.g[0, 0] = float("nan")
-    for schedule in any_case.schedules:
+    for schedule in any_case.schedules():
         dw = budget.ours(problem, any_case.backend, schedule=schedule).dw
         assert torch.equal(dw[~problem.keep], torch.zeros_like(dw[~problem.keep]))
 
 
-def test_bitwise_linear_of_the_mixed_weight_below_the_threshold(case):
-    """With few rows the CPU backend's product is F.linear's own, so the whole layer is, bit for bit."""
+def test_bitwise_linear_of_the_mixed_weight(case):
+    """The staged product of the CPU backend is F.linear's own, so the whole layer is, bit for bit."""
     if case.backend != "cpu":
         pytest.skip("the order of summation of a GPU kernel is its own")
     problem = budget.random_problem((33,), 100, 63)
     for mask in MASKS:
         phi = mk.reference.mixout(problem.w, problem.u, p=0.7, mask=mask, seed=SEED)
-        y = mk.mix_linear(problem.x, problem.w, problem.u, problem.b, p=0.7, mask=mask, seed=SEED, backend="cpu")
+        options = {"p": 0.7, "mask": mask, "seed": SEED, "backend": "cpu", "schedule": "staged"}
+        y = mk.mix_linear(problem.x, problem.w, problem.u, problem.b, **options)
         assert torch.equal(y, F.linear(problem.x, phi, problem.b))
 
 
@@ -240,6 +241,6 @@ def test_the_word_at_the_threshold_is_kept(any_case, mask, lane):
         for target in (torch.zeros_like(w), None):
             phi = mk.mixout(w, target, p=p, mask=mask, seed=0, backend=any_case.backend)
             assert bool(phi[0, lane] != 0) == kept
-            for schedule in any_case.schedules:
+            for schedule in any_case.schedules():
                 y = mk.mix_linear(x, w, target, p=p, mask=mask, seed=0, backend=any_case.backend, schedule=schedule)
                 assert torch.equal(y.t(), phi)

@@ -82,7 +82,7 @@ def _schedules(backend: str, case: Case, device: str) -> tuple[Schedule, ...]:
         backends.choose(backend, None, device, case.dtype, case.dtype, case.dtype)
     except RuntimeError:
         return ()
-    return backends.load(backend).SCHEDULES
+    return backends.load(backend).schedules(case.dtype)
 
 
 def _linear() -> Variant:

@@ -62,7 +62,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _wanted(variant: Variant, options: argparse.Namespace) -> bool:
-    return variant.kind != "compiled" or not (options.no_compile or options.quick)
+    if variant.kind == "compiled":
+        return not (options.no_compile or options.quick)
+    return variant.kind not in ("staged", "premix") or options.device == "cpu"
 
 
 def _machine(device: str) -> dict[str, str | int]:

@@ -1,9 +1,13 @@
 """Does a step compute what the reference computes? A speed-up with a wrong gradient is none.
 
-    |ours - truth| <= 2 |reference - truth| + 4 eps |truth|        for every gradient, in the 2-norm
+    |ours - truth| <=  2 |reference - truth| +  4 eps |truth|        the gradient of the whole model, in the 2-norm
+    |ours - truth| <= 16 |reference - truth| + 64 eps |truth|        the gradient of every parameter
 
 ``reference`` is the same step through ``mixout_kernels.reference``, in the same precision, ``truth`` in float64; all
-three under the same masks. eps is the spacing of the dtype that the step computes in.
+three under the same masks. eps is the spacing of the dtype that the step computes in. A parameter of two numbers (the
+bias of a head) has two rounding errors, and the reference's are far below their size now and then: the quotient of two
+normal variables passes 2 three times in ten. Summed over a model, chance is gone. Either bound is a thousand times
+below what a wrong mask or a forgotten factor does.
 """
 
 from __future__ import annotations
@@ -19,8 +23,6 @@ from mixout_kernels import MixSampler, backends
 
 from .training import Training
 
-BAND = 4
-
 
 def matches_reference(training: Training) -> bool:
     """After a few steps, when the weights have left their targets."""
@@ -29,11 +31,14 @@ def matches_reference(training: Training) -> bool:
         reference = _gradients(training)
     eps = torch.finfo(training.workload.low or torch.float32).eps
     truth = _exact_gradients(training)
-    for name, exact in truth.items():
-        error, allowed = (ours[name] - exact).norm(), 2 * (reference[name] - exact).norm()
-        if not error <= allowed + BAND * eps * exact.norm():
-            return False
-    return True
+    pairs = [(ours[name] - exact, reference[name] - exact, exact) for name, exact in truth.items()]
+    norms = torch.tensor([[t.norm() for t in triple] for triple in pairs], dtype=torch.float64)
+    return _within(norms.norm(dim=0), 2, 4 * eps) and all(_within(row, 16, 64 * eps) for row in norms)
+
+
+def _within(norms: Tensor, factor: float, share: float) -> bool:
+    ours, reference, truth = norms.tolist()
+    return ours <= factor * reference + share * truth  # false for a NaN
 
 
 @contextmanager
@@ -50,7 +55,7 @@ def _gradients(training: Training) -> dict[str, Tensor]:
     """In float64. Layers without a sampler draw their seeds from the default generator."""
     torch.manual_seed(0)
     training.optimizer.zero_grad()
-    training.loss().backward()
+    training.backward()
     found = {name: p.grad.double() for name, p in training.model.named_parameters() if p.grad is not None}
     training.optimizer.zero_grad()
     return found

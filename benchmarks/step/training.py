@@ -30,8 +30,12 @@ class Training:
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        self.loss().backward()
+        self.backward()
         self.optimizer.step()
+
+    def backward(self) -> None:
+        with self.variant.products():
+            self.loss().backward()
 
     @property
     def target_bytes(self) -> int:

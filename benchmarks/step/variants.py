@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 from torch import nn
 
 from benchmarks.baselines import apply_plain_mixout
-from mixout_kernels import MixSampler, apply_mixout
+from mixout_kernels import MixSampler, apply_mixout, backends
 
-Kind = Literal["dropout", "none", "plain", "compiled", "layers", "sampler", "no premix"]
+Kind = Literal["dropout", "none", "plain", "compiled", "staged", "layers", "sampler", "premix"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,16 @@ class Variant:
             "none": "no regularisation",
             "plain": "plain formula",
             "compiled": "torch.compile(plain formula)",
+            "staged": "mixout_kernels, products of nn.Linear",
             "layers": "mixout_kernels, layer by layer",
             "sampler": "mixout_kernels, sampler",
-            "no premix": "mixout_kernels, sampler, premix=False",
+            "premix": "mixout_kernels, sampler, premix=True",
         }
         return names[self.kind] + (f", p={self.p:g}" if self.p else "")
 
     @property
     def ours(self) -> bool:
-        return self.kind in ("layers", "sampler", "no premix")
+        return self.kind in ("staged", "layers", "sampler", "premix")
 
     def prepare(self, model: nn.Module) -> None:
         """Changes a model with its pretrained weights, in place; "dropout" leaves it as it is."""
@@ -48,14 +52,23 @@ class Variant:
 
     def sampler(self, model: nn.Module) -> MixSampler | None:
         """For a prepared model."""
-        if self.kind not in ("sampler", "no premix"):
+        if self.kind not in ("sampler", "premix"):
             return None
-        return MixSampler(model, premix=self.kind == "sampler")
+        return MixSampler(model, premix=True if self.kind == "premix" else None)
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """For "staged": the CPU backend without its own product, to show what mixout saves by itself."""
+        if self.kind != "staged":
+            yield
+            return
+        with mock.patch.object(backends.load("cpu"), "schedules", return_value=("staged",)):
+            yield
 
 
 def all_variants() -> list[Variant]:
     """The plain formula costs the same for every p, so it runs at one."""
     found = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("compiled", 0.7)]
     for p in (0.7, 0.9):
-        found += [Variant("layers", p), Variant("no premix", p), Variant("sampler", p)]
+        found += [Variant("staged", p), Variant("layers", p), Variant("sampler", p), Variant("premix", p)]
     return found

@@ -1,20 +1,19 @@
-// y = x Phi^T + b and its derivatives. Phi is mixed in one pass into a temporary and multiplied by the vendor library;
-// with a neuron mask dw is a GEMM of the kept columns alone, and with target zero all three products are.
+// y = x Phi^T + b and its derivatives. Fused, Phi is mixed while product.cpp packs it; staged, it is mixed in one pass into
+// a temporary and multiplied by the vendor library. With a neuron mask dw is a product of the kept columns alone, and
+// with target zero all three products are.
 #include "mixout.h"
 
 #include <algorithm>
-#include <string_view>
+#include <memory>
 #include <vector>
 
-#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "../mix.h"
@@ -25,24 +24,6 @@ namespace mixout::cpu {
 namespace {
 
 constexpr int64_t kGrain = 16384;
-
-// float32 products of many rows: oneDNN measured 1.1 to 1.25 times the speed of the BLAS that F.linear calls, at 1024
-// rows and above on Zen 4; below that it was up to twice as slow (docs/performance.md). torch.backends.mkldnn turns it
-// off, and results then equal F.linear's bit for bit.
-constexpr int64_t kOneDnnRows = 1024;
-
-using OneDnnLinear = Tensor(
-    const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
-    c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-
-// x [rows, k] times weight^T [n, k] plus bias.
-Tensor dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  static const auto onednn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  const bool large = x.size(0) >= kOneDnnRows && x.size(1) >= 128 && weight.size(0) >= 128;
-  if (onednn && large && x.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn())
-    return onednn->typed<OneDnnLinear>().call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
-  return at::linear(x, weight, bias);
-}
 
 struct Columns {
   std::vector<int64_t> index;
@@ -114,50 +95,137 @@ struct WeightLayout {
   }
 };
 
-// phi = Phi(weight, target), phi lying in memory as the weight does; p < 1.
-void mix_weight_into(
-    const Tensor& phi, const Tensor& weight, const std::optional<Tensor>& target, uint64_t seed, double p,
-    bool per_weight) {
-  const WeightLayout layout(weight);
-  const auto u = target ? std::optional<Tensor>(layout.transposed ? target->t().contiguous() : target->contiguous())
-                        : std::nullopt;
-  mix_into(phi, layout.memory(weight), u, seed, p, 1 / (1 - p), layout.mask(per_weight));
-}
+// A weight and its target as they lie in memory.
+struct Operands {
+  WeightLayout layout;
+  Tensor weight;
+  std::optional<Tensor> target;
 
-// Phi [out, in] in the compute dtype.
-Tensor mixed_weight(
-    const Tensor& weight, const std::optional<Tensor>& target, const Tensor& seed, double p, bool per_weight,
-    at::ScalarType dtype) {
-  const WeightLayout layout(weight);
-  if (p == 1) return target ? target->to(dtype) : at::zeros_like(weight, weight.options().dtype(dtype));
-  const Tensor phi = layout.empty(weight, dtype);
-  mix_weight_into(phi, weight, target, seed_value(seed), p, per_weight);
-  return layout.logical(phi);
-}
+  Operands(const Tensor& w, const std::optional<Tensor>& u)
+      : layout(w),
+        weight(layout.memory(w)),
+        target(u ? std::optional<Tensor>(layout.transposed ? u->t().contiguous() : u->contiguous()) : std::nullopt) {}
+};
 
 Tensor index_tensor(const Columns& columns) {
   return at::from_blob(const_cast<int64_t*>(columns.index.data()), {columns.kept}, at::TensorOptions(at::kLong));
 }
 
-// scale * w[:, kept] [out, kept] in the compute dtype: all of Phi that is not zero when the target is.
-Tensor kept_weight(const Tensor& weight, const Columns& columns, double p, at::ScalarType dtype) {
-  const WeightLayout layout(weight);
-  const double scale = p < 1 ? 1 / (1 - p) : 0;
-  const Tensor memory = layout.memory(weight);
-  if (!layout.transposed) return gather(memory, columns, columns.kept, scale, dtype);
-  const auto precise = at::toOpMathType(memory.scalar_type());  // round once, after the product
-  return memory.index_select(0, index_tensor(columns)).to(precise).mul_(scale).to(dtype).t();
+class DenseRows : public Rows {
+ public:
+  explicit DenseRows(const Tensor& memory) : memory_(memory) {}
+  void write(int64_t row, int64_t first, int64_t n, float* out) const override {
+    std::copy_n(memory_.const_data_ptr<float>() + row * memory_.size(1) + first, n, out);
+  }
+
+ private:
+  Tensor memory_;
+};
+
+// The kept columns of scale * w: rows of the memory, or parts of each.
+class KeptRows : public Rows {
+ public:
+  KeptRows(const Operands& operands, const Columns& columns, float scale)
+      : memory_(operands.weight), transposed_(operands.layout.transposed), columns_(columns), scale_(scale) {}
+  void write(int64_t row, int64_t first, int64_t n, float* out) const override {
+    const int64_t length = memory_.size(1), *index = columns_.index.data();
+    const float* w = memory_.const_data_ptr<float>();
+    if (transposed_)
+      mix_run<float, float, float>(w + index[row] * length + first, nullptr, out, true, scale_, n);
+    else
+      gather_columns(w + row * length, length, out, n, index + first, n, scale_, 1);
+  }
+
+ private:
+  Tensor memory_;
+  bool transposed_;
+  const Columns& columns_;
+  float scale_;
+};
+
+// What x is multiplied with in y, and g in dx: Phi [out, in], or what of it is not zero.
+struct MixedWeight {
+  const Tensor& weight;
+  const std::optional<Tensor>& target;
+  const std::optional<Tensor>& mixed;  // Phi, where the caller has it
+  uint64_t seed;
+  double p;
+  bool per_weight;
+  const Columns* only;  // of a neuron mask without a target: the kept columns
+
+  double scale() const { return p < 1 ? 1 / (1 - p) : 0; }
+  int64_t columns() const { return only ? only->kept : weight.size(1); }
+  WeightLayout layout() const { return WeightLayout(weight); }
+
+  // [out, columns()] in the compute dtype.
+  Tensor in_memory(at::ScalarType dtype) const {
+    if (mixed) return *mixed;
+    if (p == 1 && !only) return target ? target->to(dtype) : at::zeros_like(weight, weight.options().dtype(dtype));
+    const Operands operands(weight, target);
+    const auto& layout = operands.layout;
+    if (!only) {
+      const Tensor phi = layout.empty(weight, dtype);
+      mix_into(phi, operands.weight, operands.target, seed, p, scale(), layout.mask(per_weight));
+      return layout.logical(phi);
+    }
+    if (!layout.transposed) return gather(operands.weight, *only, only->kept, scale(), dtype);
+    const auto precise = at::toOpMathType(weight.scalar_type());  // round once, after the product
+    return operands.weight.index_select(0, index_tensor(*only)).to(precise).mul_(scale()).to(dtype).t();
+  }
+
+  // The rows of the same as it lies in memory: [out, columns()], or [columns(), out].
+  std::unique_ptr<Rows> rows() const {
+    if (mixed) return std::make_unique<DenseRows>(layout().transposed ? mixed->t().contiguous() : mixed->contiguous());
+    const Operands operands(weight, target);
+    if (only) return std::make_unique<KeptRows>(operands, *only, scale());
+    return mixed_rows(operands.weight, operands.target, seed, p, operands.layout.mask(per_weight));
+  }
+};
+
+// a [m, depth] b [depth, n] + bias, by product.cpp.
+Tensor multiply(
+    const Strided& a, const RightHand& b, int64_t m, int64_t n, int64_t depth,
+    const std::optional<Tensor>& bias = std::nullopt) {
+  const Tensor c = at::empty({m, n}, at::kFloat);
+  const Tensor added = bias ? bias->contiguous() : Tensor();
+  multiply(m, n, depth, a, b, bias ? added.const_data_ptr<float>() : nullptr, c.mutable_data_ptr<float>());
+  return c;
+}
+
+Strided rows_as_left(const Tensor& x) { return {x.const_data_ptr<float>(), x.stride(0), 1}; }
+
+// x Phi^T + b.
+Tensor forward_product(const Tensor& x, const MixedWeight& phi, const std::optional<Tensor>& bias, bool fused) {
+  if (!fused) return at::linear(x, phi.in_memory(x.scalar_type()), bias);
+  const auto rows = phi.rows();
+  const int64_t out_features = phi.weight.size(0);
+  return multiply(rows_as_left(x), {*rows, !phi.layout().transposed}, x.size(0), out_features, phi.columns(), bias);
+}
+
+// g Phi.
+Tensor input_gradient(const Tensor& g, const MixedWeight& phi, bool fused) {
+  if (!fused) return at::linear(g, phi.in_memory(g.scalar_type()).t());
+  const auto rows = phi.rows();
+  const int64_t out_features = phi.weight.size(0);
+  return multiply(rows_as_left(g), {*rows, phi.layout().transposed}, g.size(0), phi.columns(), out_features);
+}
+
+// a^T b for two matrices of many rows.
+Tensor product_over_rows(const Tensor& a, const Tensor& b, bool fused) {
+  if (!fused) return at::mm(a.t(), b);
+  const Strided left{a.const_data_ptr<float>(), 1, a.stride(0)};
+  return multiply(left, {DenseRows(b), false}, a.size(1), b.size(1), a.size(0));
 }
 
 // dw of a neuron mask: scale * (g^T x[:, kept]) in the kept columns, zero in the others, in one pass over dw.
 Tensor kept_columns_gradient(
-    const Tensor& g, const Tensor& kept_input, const Tensor& weight, const Columns& columns, double scale) {
+    const Tensor& g, const Tensor& kept_input, const Tensor& weight, const Columns& columns, double scale, bool fused) {
   const WeightLayout layout(weight);
   const Tensor memory = layout.empty(weight, weight.scalar_type());
   // A draw beyond a fixed capacity (probability < 2e-12) loses the gradient of the columns that did not fit.
   const int64_t n = std::min(columns.kept, kept_input.size(1));
   // [kept, out]: this order measured up to 1.3 times the speed of g^T x[:, kept], the long side being contiguous.
-  const Tensor compact = at::mm(kept_input.narrow(1, 0, n).t(), g);
+  const Tensor compact = product_over_rows(kept_input.narrow(1, 0, n), g, fused);
   if (layout.transposed) {
     memory.zero_();
     memory.index_copy_(0, index_tensor(columns).narrow(0, 0, n), 
@@ -179,10 +247,10 @@ Tensor kept_columns_gradient(
 
 // dw of a weight mask: scale * M * (g^T x), the mask regenerated over the product.
 Tensor masked_gradient(
-    const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& seed, double p, double scale) {
+    const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& seed, double p, double scale, bool fused) {
   const WeightLayout layout(weight);
   if (p == 1) return layout.logical(layout.empty(weight, weight.scalar_type()).zero_());
-  const Tensor product = layout.transposed ? at::mm(x.t(), g) : at::mm(g.t(), x);
+  const Tensor product = layout.transposed ? product_over_rows(x, g, fused) : product_over_rows(g, x, fused);
   const Tensor memory =
       product.scalar_type() == weight.scalar_type() ? product : layout.empty(weight, weight.scalar_type());
   mix_into(memory, product, std::nullopt, seed_value(seed), p, scale, layout.mask(/*per_weight=*/true));
@@ -222,64 +290,56 @@ void mixout_list(
     const std::vector<Tensor>& outs, const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& targets, const Tensor& seeds, double p, bool per_weight) {
   const int64_t* seed = seeds.const_data_ptr<int64_t>();
-  for (size_t k = 0; k < outs.size(); ++k)
-    mix_weight_into(outs[k], weights[k], targets[k], static_cast<uint64_t>(seed[k]), p, per_weight);
+  for (size_t k = 0; k < outs.size(); ++k) {
+    const Operands operands(weights[k], targets[k]);
+    mix_into(
+        outs[k], operands.weight, operands.target, static_cast<uint64_t>(seed[k]), p, 1 / (1 - p),
+        operands.layout.mask(per_weight));
+  }
 }
 
 std::tuple<Tensor, Tensor> mix_linear(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& target, const std::optional<Tensor>& bias,
     const Tensor& seed, double p, bool per_weight, std::optional<int64_t> saved_columns,
-    const std::optional<Tensor>& mixed) {
-  const int64_t in_features = weight.size(1), out_features = weight.size(0);
-  const auto dtype = input.scalar_type();
+    const std::optional<Tensor>& mixed, bool fused) {
   const Tensor x = rows_of(input);
   const bool only_kept = !per_weight && !target && !mixed;  // Phi is zero outside the kept columns
 
   Tensor kept_input = at::empty({x.size(0), 0}, x.options());
   Columns columns;
   if (!per_weight && (only_kept || saved_columns != 0)) {
-    columns = kept(seed, p, in_features);
-    kept_input = gather(x, columns, saved_columns.value_or(0) > 0 ? *saved_columns : columns.kept, 1, dtype);
+    columns = kept(seed, p, weight.size(1));
+    const int64_t width = saved_columns.value_or(0) > 0 ? *saved_columns : columns.kept;
+    kept_input = gather(x, columns, width, 1, x.scalar_type());
   }
-  Tensor y;
-  if (mixed) {
-    y = dense(x, *mixed, bias);
-  } else if (p == 1 && target) {
-    y = at::linear(x, target->to(dtype), bias);  // bit for bit F.linear(x, u, b)
-  } else if (only_kept && columns.kept <= kept_input.size(1)) {
-    y = dense(kept_input.narrow(1, 0, columns.kept), kept_weight(weight, columns, p, dtype), bias);
-  } else {
-    y = dense(x, mixed_weight(weight, target, seed, p, per_weight, dtype), bias);
-  }
+  const bool fits = only_kept && columns.kept <= kept_input.size(1);
+  const MixedWeight phi{weight, target, mixed, seed_value(seed), p, per_weight, fits ? &columns : nullptr};
+  const Tensor y = forward_product(fits ? kept_input.narrow(1, 0, columns.kept) : x, phi, bias, fused);
   if (per_weight || saved_columns == 0) kept_input = at::empty({x.size(0), 0}, x.options());
-  return {y.view(with_last(input.sizes(), out_features)), kept_input};
+  return {y.view(with_last(input.sizes(), weight.size(0))), kept_input};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
     const Tensor& grad, const Tensor& saved_input, const Tensor& weight, const std::optional<Tensor>& target,
     const Tensor& seed, double p, double scale, bool per_weight, std::tuple<bool, bool, bool> needs,
-    const std::optional<Tensor>& mixed) {
+    const std::optional<Tensor>& mixed, bool fused) {
   const auto [needs_dx, needs_dw, needs_db] = needs;
   const int64_t in_features = weight.size(1);
-  const auto dtype = grad.scalar_type();
   const Tensor g = rows_of(grad);
   Columns columns;
   if (!per_weight) columns = kept(seed, p, in_features);
 
   Tensor dx = at::empty({0}, grad.options()), dw = at::empty({0}, weight.options()), db = at::empty({0}, grad.options());
   if (needs_dx) {
-    if (mixed) {
-      dx = dense(g, mixed->t(), std::nullopt);
-    } else if (!per_weight && !target) {
-      dx = scatter(dense(g, kept_weight(weight, columns, p, dtype).t(), std::nullopt), columns, in_features);
-    } else {
-      dx = dense(g, mixed_weight(weight, target, seed, p, per_weight, dtype).t(), std::nullopt);
-    }
+    const bool only_kept = !per_weight && !target && !mixed;
+    dx = input_gradient(
+        g, {weight, target, mixed, seed_value(seed), p, per_weight, only_kept ? &columns : nullptr}, fused);
+    if (only_kept) dx = scatter(dx, columns, in_features);
     dx = dx.view(with_last(grad.sizes(), in_features));
   }
   if (needs_dw) {
-    dw = per_weight ? masked_gradient(g, rows_of(saved_input), weight, seed, p, scale)
-                    : kept_columns_gradient(g, saved_input, weight, columns, scale);
+    dw = per_weight ? masked_gradient(g, rows_of(saved_input), weight, seed, p, scale, fused)
+                    : kept_columns_gradient(g, saved_input, weight, columns, scale, fused);
   }
   if (needs_db) db = g.sum(0);
   return {dx, dw, db};

@@ -2,6 +2,7 @@
 #include "mixout.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include <ATen/Parallel.h>
@@ -48,68 +49,128 @@ void dispatch_types(at::ScalarType w, at::ScalarType u, at::ScalarType o, const 
   TORCH_CHECK(false, "mixout_kernels: no CPU kernel mixes a ", w, " weight with a ", u, " target into ", o);
 }
 
+// The memory of a weight as rows of `length`, mixed piece by piece. One word decides an element (per_weight), a column
+// (inner == 1), or a row.
 template <typename W, typename U, typename O>
-void mix_typed(
-    const W* w, const U* u, O* out, uint64_t seed, uint32_t threshold, arithmetic_t<W> scale, const MaskLayout& layout) {
-  const auto& [outer, features, inner, per_weight, transposed] = layout;
-  const auto at_offset = [u](int64_t i) { return u == nullptr ? nullptr : u + i; };
+class Mixer {
+ public:
+  using Result = O;
 
-  if (per_weight && !transposed) {
-    const int64_t n = outer * features * inner;
-    at::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+  Mixer(const W* w, const U* u, uint64_t seed, uint32_t threshold, arithmetic_t<W> scale, const MaskLayout& layout)
+      : length(layout.inner == 1 ? layout.features : layout.inner),
+        w_(w),
+        u_(u),
+        seed_(seed),
+        threshold_(threshold),
+        scale_(scale),
+        layout_(layout),
+        words_(layout.per_weight ? 0 : layout.features) {
+    mask_words(seed, 0, 1, static_cast<int64_t>(words_.size()), words_.data());
+  }
+
+  void write(int64_t row, int64_t first, int64_t n, O* out) const {
+    const W* w = w_ + row * length + first;
+    const U* u = u_ == nullptr ? nullptr : u_ + row * length + first;
+    if (layout_.per_weight) {
+      // The memory of [inner, features] turned: neighbours in a row are `features` apart in the weight.
+      const int64_t stride = layout_.transposed ? layout_.features : 1;
+      const int64_t index = layout_.transposed ? first * stride + row : row * length + first;
       uint32_t words[kBlock];
-      for (int64_t i = begin * kBlock; i < std::min(end * kBlock, n); i += kBlock) {
+      for (int64_t i = 0; i < n; i += kBlock) {
         const int64_t size = std::min(kBlock, n - i);
-        mask_words(seed, i, 1, size, words);
-        mix_by_words(w + i, at_offset(i), out + i, words, threshold, scale, size);
+        mask_words(seed_, index + i * stride, stride, size, words);
+        mix_by_words(w + i, u == nullptr ? nullptr : u + i, out + i, words, threshold_, scale_, size);
       }
-    });
-  } else if (per_weight) {
-    at::parallel_for(0, features, std::max<int64_t>(1, kGrain / inner), [&](int64_t begin, int64_t end) {
-      uint32_t words[kBlock];
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t r = 0; r < inner; r += kBlock) {
-          const int64_t size = std::min(kBlock, inner - r), i = j * inner + r;
-          mask_words(seed, r * features + j, features, size, words);
-          mix_by_words(w + i, at_offset(i), out + i, words, threshold, scale, size);
-        }
-    });
-  } else {
-    std::vector<uint32_t> words(features);
-    mask_words(seed, 0, 1, features, words.data());
-    if (inner == 1) {
-      at::parallel_for(0, outer, std::max<int64_t>(1, kGrain / features), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin * features; i < end * features; i += features)
-          mix_by_words(w + i, at_offset(i), out + i, words.data(), threshold, scale, features);
-      });
+    } else if (layout_.inner == 1) {
+      mix_by_words(w, u, out, words_.data() + first, threshold_, scale_, n);
     } else {
-      at::parallel_for(0, outer * features, std::max<int64_t>(1, kGrain / inner), [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j)
-          mix_run(
-              w + j * inner, at_offset(j * inner), out + j * inner, words[j % features] >= threshold, scale, inner);
-      });
+      mix_run(w, u, out, words_[row % layout_.features] >= threshold_, scale_, n);
     }
   }
+
+  const int64_t length;
+
+ private:
+  const W* w_;
+  const U* u_;
+  uint64_t seed_;
+  uint32_t threshold_;
+  arithmetic_t<W> scale_;
+  MaskLayout layout_;
+  std::vector<uint32_t> words_;
+};
+
+template <typename Mixer>
+void mix_all(const Mixer& mixer, typename Mixer::Result* out, const MaskLayout& layout) {
+  const int64_t n = layout.outer * layout.features * layout.inner;
+  if (layout.per_weight && !layout.transposed) {  // the index is the place in memory: rows do not matter
+    at::parallel_for(0, (n + kBlock - 1) / kBlock, kGrain / kBlock, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kBlock;
+      mixer.write(0, first, std::min(end * kBlock, n) - first, out + first);
+    });
+  } else {
+    const int64_t length = mixer.length;
+    at::parallel_for(0, n / length, std::max<int64_t>(1, kGrain / length), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) mixer.write(row, 0, length, out + row * length);
+    });
+  }
 }
+
+template <typename Mixer>
+class MixedRows : public Rows {
+ public:
+  MixedRows(const Tensor& w, const std::optional<Tensor>& u, const Mixer& mixer) : w_(w), u_(u), mixer_(mixer) {}
+  void write(int64_t row, int64_t first, int64_t n, float* out) const override { mixer_.write(row, first, n, out); }
+
+ private:
+  Tensor w_;  // both are held: the mixer has only their addresses
+  std::optional<Tensor> u_;
+  Mixer mixer_;
+};
 
 }  // namespace
 
 uint64_t seed_value(const Tensor& seed) { return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()); }
 
+namespace {
+
+// Calls f with the Mixer of these tensors.
+template <typename F>
+void with_mixer(
+    const Tensor& w, const std::optional<Tensor>& u, at::ScalarType result, uint64_t seed, double p, double scale,
+    const MaskLayout& layout, const F& f) {
+  const auto target_type = u ? u->scalar_type() : w.scalar_type();
+  dispatch_types(w.scalar_type(), target_type, result, [&](auto w_type, auto u_type, auto out_type) {
+    using W = typename decltype(w_type)::type;
+    using U = typename decltype(u_type)::type;
+    using O = typename decltype(out_type)::type;
+    f(Mixer<W, U, O>(
+        static_cast<const W*>(w.const_data_ptr()), u ? static_cast<const U*>(u->const_data_ptr()) : nullptr, seed,
+        static_cast<uint32_t>(keep_threshold(p)), static_cast<arithmetic_t<W>>(scale), layout));
+  });
+}
+
+}  // namespace
+
 void mix_into(
     const Tensor& out, const Tensor& w, const std::optional<Tensor>& u, uint64_t seed, double p, double scale,
     const MaskLayout& layout) {
   if (out.numel() == 0) return;
-  const auto target_type = u ? u->scalar_type() : w.scalar_type();
-  dispatch_types(w.scalar_type(), target_type, out.scalar_type(), [&](auto w_type, auto u_type, auto out_type) {
-    using W = typename decltype(w_type)::type;
-    using U = typename decltype(u_type)::type;
-    using O = typename decltype(out_type)::type;
-    const U* target = u ? static_cast<const U*>(u->const_data_ptr()) : nullptr;
-    mix_typed(
-        static_cast<const W*>(w.const_data_ptr()), target, static_cast<O*>(out.mutable_data_ptr()), seed,
-        static_cast<uint32_t>(keep_threshold(p)), static_cast<arithmetic_t<W>>(scale), layout);
+  with_mixer(w, u, out.scalar_type(), seed, p, scale, layout, [&](const auto& mixer) {
+    using Result = typename std::decay_t<decltype(mixer)>::Result;
+    mix_all(mixer, static_cast<Result*>(out.mutable_data_ptr()), layout);
   });
+}
+
+std::unique_ptr<Rows> mixed_rows(
+    const Tensor& w, const std::optional<Tensor>& u, uint64_t seed, double p, const MaskLayout& layout) {
+  std::unique_ptr<Rows> rows;
+  with_mixer(w, u, at::kFloat, seed, p, 1 / (1 - p), layout, [&](const auto& mixer) {
+    using Mixer = std::decay_t<decltype(mixer)>;
+    if constexpr (std::is_same_v<typename Mixer::Result, float>)
+      rows = std::make_unique<MixedRows<Mixer>>(w, u, mixer);
+  });
+  return rows;
 }
 
 Tensor keep_mask(const Tensor& seed, double p, int64_t n) {

@@ -2,7 +2,8 @@
 
 Every backend module has the same names, called with checked arguments:
 
-    SCHEDULES                                                       what it can be asked for, of "fused" and "staged"
+    schedules(compute)                              what it can be asked for with this dtype, of "fused" and "staged"
+    premixing_pays(compute)                         whether Phi made ahead by mixout_list is faster than mixed in place
     unavailable_reason()                                            None, or why it cannot run here, and the cure
     unsupported_reason(device, weight, target, compute)             None, or what of these dtypes it cannot do
     keep_mask(seed, p, shape, mask)                                                                 -> bool tensor
@@ -19,7 +20,7 @@ dtype and the memory layout of its weight.
 capacity whose unused columns are zero, 0 that nothing is kept for backward. ``mixed`` is Phi where the caller has it
 already (from ``mixout_list``), else None. ``scale`` in ``mixout`` is the factor of w - u in a kept entry, in
 ``mix_linear_backward`` the factor of a kept entry of dw. Gradients that ``needs`` does not ask for come back empty.
-``schedule`` is "auto" or one of SCHEDULES.
+``schedule`` is "auto" or one of schedules(compute).
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def _reason_against(
         return f"the {name} backend could not be imported: {error}"
     if reason := backend.unavailable_reason() or backend.unsupported_reason(device, weight, target, compute):
         return reason
-    if schedule is not None and schedule not in backend.SCHEDULES:
-        return f"it has the schedules {', '.join(backend.SCHEDULES)}, got schedule={schedule!r}"
+    schedules = backend.schedules(compute)
+    if schedule is not None and schedule not in schedules:
+        return f"for {compute} it has the schedules {', '.join(schedules)} here, got schedule={schedule!r}"
     return None
 
 

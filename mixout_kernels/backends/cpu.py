@@ -1,4 +1,9 @@
-"""C++ kernels for CPU tensors (csrc/cpu): one vectorised pass for the mix, the vendor library for the products."""
+"""C++ kernels for CPU tensors (csrc/cpu).
+
+``schedule="fused"`` mixes inside the matrix product: float32, on CPUs with AVX-512. "staged" mixes in one vectorised
+pass and leaves the product to the library behind ``F.linear``. Fused was the faster one at every size that was
+measured (docs/performance.md), so it is what "auto" takes where it can.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,21 @@ from torch import Tensor
 
 from .. import _extension
 
-SCHEDULES = ("staged",)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
 
 
 def unavailable_reason() -> str | None:
     return _extension.load()[1] or None
+
+
+def schedules(compute: torch.dtype) -> tuple[str, ...]:
+    fused = compute == torch.float32 and _C.cpu_product_available()
+    return ("fused", "staged") if fused else ("staged",)
+
+
+def premixing_pays(compute: torch.dtype) -> bool:
+    return "fused" not in schedules(compute)
 
 
 def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype) -> str | None:
@@ -65,7 +78,8 @@ def mix_linear(
     schedule: str,
     mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _C.cpu_mix_linear(input, weight, target, bias, seed, p, mask == "weight", saved_columns, mixed)
+    fused = _is_fused(schedule, p, input.dtype)
+    return _C.cpu_mix_linear(input, weight, target, bias, seed, p, mask == "weight", saved_columns, mixed, fused)
 
 
 def mix_linear_backward(
@@ -82,5 +96,20 @@ def mix_linear_backward(
     mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _C.cpu_mix_linear_backward(
-        grad, saved_input, weight, target, seed, p, scale, mask == "weight", tuple(needs), mixed
+        grad,
+        saved_input,
+        weight,
+        target,
+        seed,
+        p,
+        scale,
+        mask == "weight",
+        tuple(needs),
+        mixed,
+        _is_fused(schedule, p, grad.dtype),
     )
+
+
+def _is_fused(schedule: str, p: float, compute: torch.dtype) -> bool:
+    # p = 1 mixes nothing, and is F.linear(x, u, b) bit for bit.
+    return schedule != "staged" and p < 1 and "fused" in schedules(compute)

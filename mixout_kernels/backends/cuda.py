@@ -21,7 +21,6 @@ from torch import Tensor
 from .. import _extension
 from ..schedule import choose
 
-SCHEDULES = ("fused", "staged")
 EMULATED = os.environ.get("MIXOUT_KERNELS_CUDA_EMULATION") == "1"
 
 _DEVICE = "cpu" if EMULATED else "cuda"
@@ -43,6 +42,14 @@ def unavailable_reason() -> str | None:
             f"the cuda backend needs compute capability 8.0 or later, this device has {'.'.join(map(str, capability))}"
         )
     return None
+
+
+def schedules(compute: torch.dtype) -> tuple[str, ...]:
+    return "fused", "staged"
+
+
+def premixing_pays(compute: torch.dtype) -> bool:
+    return True  # one launch for a model in place of two for each layer, and of autocast's casts
 
 
 def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype) -> str | None:

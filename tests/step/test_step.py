@@ -63,8 +63,8 @@ def test_variants_differ_in_what_they_say():
     weights = sum(m.weight.nbytes for m in mixed)
     assert plain.target_bytes == layers.target_bytes == sampler.target_bytes == weights
     assert dropout.target_bytes == none.target_bytes == 0
-    assert sampler.mixed_bytes == weights
-    assert trained(Variant("no premix", 0.7)).mixed_bytes == layers.mixed_bytes == 0
+    assert trained(Variant("premix", 0.7)).mixed_bytes == weights
+    assert layers.mixed_bytes == 0
 
 
 def test_kept_columns_save_less_at_a_higher_p():
@@ -72,12 +72,12 @@ def test_kept_columns_save_less_at_a_higher_p():
     assert saved[0.9] < saved[0.5] < trained(Variant("none")).saved_bytes() < trained(Variant("dropout")).saved_bytes()
 
 
-@pytest.mark.parametrize("kind", ["layers", "sampler", "no premix"])
+@pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
 def test_a_step_matches_the_reference(kind):
     assert agreement.matches_reference(trained(Variant(kind, 0.7)))
 
 
-@pytest.mark.parametrize("kind", ["layers", "sampler", "no premix"])
+@pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
 def test_a_wrong_gradient_does_not(kind, monkeypatch):
     training = trained(Variant(kind, 0.7))
     cpu = agreement.backends.load("cpu")
@@ -98,7 +98,7 @@ def test_every_round_has_one_step_of_each(workload, monkeypatch):
     found = measurement.measure("smallest", variants, rounds=3, with_memory=True, say=said.append)
     assert [m.variant for m in found] == [variant.name for variant in variants]
     assert all(len(m.milliseconds) == 3 and min(m.milliseconds) > 0 and m.peak_bytes == 5 << 20 for m in found)
-    assert {m.kind for m in found if m.matches_reference} == {"layers", "sampler", "no premix"}
+    assert {m.kind for m in found if m.matches_reference} == {"staged", "layers", "sampler", "premix"}
     assert len(said) == len(variants) + 2  # the memory, each warm-up, the rounds
 
 

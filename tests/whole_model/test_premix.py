@@ -24,14 +24,25 @@ def train(model, x, steps=3, **options):
     return results, sampler
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
-def test_premix_changes_no_bit(name, mask):
+def assert_premix_changes_no_bit(name, mask):
     model, x = models.with_mixout(make(name), mask=mask), inputs(name)
-    (mixed, sampler), (alone, _) = train(model, x), train(model, x, premix=False)
+    (mixed, sampler), (alone, _) = train(model, x, premix=True), train(model, x, premix=False)
     assert sampler.extra_bytes > 0
     for first, second in zip(mixed, alone, strict=True):
         first.assert_same_bits(second)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+def test_premix_changes_no_bit(name, mask):
+    assert_premix_changes_no_bit(name, mask)
+
+
+@pytest.mark.fused_product
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+def test_premix_changes_no_bit_of_a_fused_product(name, mask):
+    assert_premix_changes_no_bit(name, mask)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
@@ -71,6 +82,18 @@ def test_extra_bytes(low):
         with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
             models.run(model, models.random_input())
         assert sampler.extra_bytes == (numel * (low or torch.float32).itemsize if premix else 0)
+
+
+@pytest.mark.fused_product
+def test_by_default_phi_is_mixed_ahead_only_where_the_product_is_not_fused():
+    model = models.with_mixout(models.attention_net())
+    numel = sum(layer.weight.numel() for layer in models.mixed_layers(model).values())
+    sampler = mk.MixSampler(model)
+    models.run(model, models.random_input())
+    assert sampler.extra_bytes == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        models.run(model, models.random_input())
+    assert sampler.extra_bytes == 2 * numel
 
 
 def mixes_of(monkeypatch):

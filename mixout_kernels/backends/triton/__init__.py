@@ -29,7 +29,6 @@ else:
 
     __all__ = ["keep_mask", "mix_linear", "mix_linear_backward", "mixout", "mixout_list"]
 
-SCHEDULES = ("fused", "staged")
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +36,14 @@ def unavailable_reason() -> str | None:
     if _import_error is not None:
         return f"triton could not be imported ({_import_error}); pip install triton"
     return None
+
+
+def schedules(compute: torch.dtype) -> tuple[str, ...]:
+    return "fused", "staged"
+
+
+def premixing_pays(compute: torch.dtype) -> bool:
+    return True  # one launch for a model in place of two for each layer, and of autocast's casts
 
 
 def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype) -> str | None:

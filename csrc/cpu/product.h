@@ -1,0 +1,35 @@
+// The fused product of the CPU backend: float32, its right-hand matrix made row by row while it is packed.
+#pragma once
+
+#include <cstdint>
+
+namespace mixout::cpu {
+
+// A float32 matrix that need not exist in memory. Called from several threads.
+struct Rows {
+  virtual ~Rows() = default;
+  // out[c] = element [row, first + c] for c < n.
+  virtual void write(int64_t row, int64_t first, int64_t n, float* out) const = 0;
+};
+
+// Whether this CPU and this build can multiply: the inner loop is written for AVX-512.
+bool product_available();
+
+// Element [i, k] is data[i * row + k * column]; one of the two strides is 1.
+struct Strided {
+  const float* data;
+  int64_t row, column;
+};
+
+// The right-hand matrix b [depth, n], or its transpose.
+struct RightHand {
+  const Rows& rows;
+  bool transposed;  // b[k, j] is element [j, k] of `rows`
+};
+
+// c [m, n] = a [m, depth] b [depth, n] + bias [n]; rows of c lie `n` apart. bias may be nullptr.
+// Every element is summed in an order that depends on its k alone, so the result does not depend on the threads.
+void multiply(
+    int64_t m, int64_t n, int64_t depth, const Strided& a, const RightHand& b, const float* bias, float* c);
+
+}  // namespace mixout::cpu
