@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import Mask, check_mixout, mix_linear
@@ -67,9 +68,11 @@ class MixLinear(nn.Linear):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.slot is not None and self.training:
+        if not self.training:
+            return F.linear(input, self.weight, self.bias)
+        if self.slot is not None:
             return self.slot(input, self.weight, self.target, self.bias)
-        return mix_linear(input, self.weight, self.target, self.bias, p=self.p, mask=self.mask, training=self.training)
+        return mix_linear(input, self.weight, self.target, self.bias, p=self.p, mask=self.mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_mixout_repr(self)}"
@@ -103,10 +106,12 @@ class MixConv1D(nn.Module):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        target = None if self.target is None else self.target.t()
-        if self.slot is not None and self.training:
-            return self.slot(input, self.weight.t(), target, self.bias)
-        return mix_linear(input, self.weight.t(), target, self.bias, p=self.p, mask=self.mask, training=self.training)
+        weight, target = self.weight.t(), None if self.target is None else self.target.t()
+        if not self.training:
+            return F.linear(input, weight, self.bias)
+        if self.slot is not None:
+            return self.slot(input, weight, target, self.bias)
+        return mix_linear(input, weight, target, self.bias, p=self.p, mask=self.mask)
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {_mixout_repr(self)}"
@@ -115,9 +120,9 @@ class MixConv1D(nn.Module):
 def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
     """The module without mixout, as it was: the same Parameters, hooks and attributes."""
     plain = shallow_copy(module, module.plain_class)
-    del plain._buffers["target"]
+    plain._buffers.pop("target", None)
     plain._non_persistent_buffers_set.discard("target")
-    for name in ("p", "mask", "plain_class", "slot"):
+    for name in ("p", "mask", "plain_class", "slot", "target"):  # target: where host_memory.py has put it
         plain.__dict__.pop(name, None)
     return plain
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from . import backends
+from . import backends, host_memory
 from .functional import compute_dtype, sampled_linear
 from .modules import MixConv1D, MixLinear
 from .targets import step_taken
@@ -53,6 +53,10 @@ class MixSampler:
         premix: keep Phi of every layer between steps. Costs ``extra_bytes``, the bytes of the mixed weights in the
             compute dtype; False mixes in each forward and backward. None premixes where that is the faster way: not
             where the CPU's fused product mixes at no measurable cost.
+        host_targets: keep the targets in host memory, and copy them to a GPU in pieces while Phi is mixed, one piece
+            ahead. Saves their bytes on the GPU but for two pieces of 64 MiB, and costs a transfer of them in each
+            optimizer step; it goes with ``premix``. A layer that mixes by itself all the same (p = 1, compiled code)
+            copies its own target in each forward.
         seed: of the first mask, an int; None draws it from torch's default generator.
         same_on_all_ranks: under torch.distributed, take rank 0's seed on every rank; False gives each rank its own.
 
@@ -67,6 +71,7 @@ class MixSampler:
         every: float = 1,
         share_masks: Iterable[Sequence[str]] = SAME_INPUT,
         premix: bool | None = None,
+        host_targets: bool = False,
         seed: int | None = None,
         same_on_all_ranks: bool = True,
     ) -> None:
@@ -79,9 +84,12 @@ class MixSampler:
             )
         if any(layer.slot is not None for layer in layers.values()):
             raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")
+        if host_targets and premix is False:
+            raise ValueError("MixSampler: host_targets: expected False with premix=False: every call needs its target")
         groups = _groups(layers, share_masks)
         self.every = every
-        self.premix = premix
+        self.premix = True if host_targets else premix
+        self.host_targets = host_targets
         self.draws = 0  # how often seeds were drawn, for what must not outlive a draw
         self._base = _base_seed(seed, same_on_all_ranks)
         self._step = torch.zeros(1, dtype=torch.int64)
@@ -92,6 +100,8 @@ class MixSampler:
         self.place(next(iter(layers.values())).weight.device)
         for slot in self._slots:
             slot.layer.slot = slot
+        if host_targets:
+            host_memory.to_host([slot.layer for slot in self._slots])
         self._hook = register_optimizer_step_post_hook(_call_weakly(self._after_step))
         weakref.finalize(self, self._hook.remove)
 
@@ -119,9 +129,11 @@ class MixSampler:
     def remove(self) -> None:
         """Takes the sampler out of the model: every forward draws anew."""
         self._hook.remove()
-        for slot in self._slots:
-            if slot.layer.slot is slot:
-                slot.layer.slot = None
+        present = [slot for slot in self._slots if slot.layer.slot is slot]
+        for slot in present:
+            slot.layer.slot = None
+        if self.host_targets:
+            host_memory.to_device([slot.layer for slot in present])
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         weights = {id(slot.layer.weight) for slot in self._slots}
@@ -156,12 +168,24 @@ class MixSampler:
                 if backend is not None:
                     batches.setdefault((slot.layer.p, slot.layer.mask, backend), []).append(slot)
             for (p, mask, backend), batch in batches.items():
-                mixed = [slot.mixed for slot in batch if slot.mixed is not None]
-                weights, targets = zip(*(slot.operands() for slot in batch), strict=True)
-                seeds = torch.cat([slot.seed for slot in batch])
-                backends.load(backend).mixout_list(mixed, list(weights), list(targets), seeds, p, mask)
-                # Written behind autograd's back: a backward that still needs the old Phi must fail, not use the new.
-                torch.autograd.graph.increment_version(mixed)
+                for piece, targets in self._pieces(batch):
+                    mixed = [slot.mixed for slot in piece if slot.mixed is not None]
+                    operands = [slot.operands(target) for slot, target in zip(piece, targets, strict=True)]
+                    weights, targets = (list(tensors) for tensors in zip(*operands, strict=True))
+                    seeds = torch.cat([slot.seed for slot in piece])
+                    backends.load(backend).mixout_list(mixed, weights, targets, seeds, p, mask)
+                    # Written behind autograd's back: a backward that needs the old Phi must fail, not use the new.
+                    torch.autograd.graph.increment_version(mixed)
+
+    def _pieces(self, batch: list[_Slot]) -> Iterator[tuple[list[_Slot], list[Tensor | None]]]:
+        """Layers to mix in one launch, and their targets on the device: all at once if they are there."""
+        targets = [slot.layer.target for slot in batch]
+        if not self.host_targets:
+            yield batch, targets
+            return
+        cuts = host_memory.pieces(targets)
+        present = host_memory.on_device([targets[cut] for cut in cuts], batch[0].layer.weight.device)
+        yield from zip([batch[cut] for cut in cuts], present, strict=True)
 
 
 class _SharedInput:
@@ -215,11 +239,13 @@ class _Slot:
         # Compiled and transformed code cannot look at versions and addresses, so it could not tell that a Phi or an
         # x[:, kept] has gone stale: it mixes and gathers itself, with the same seed.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            target = host_memory.beside(weight, target)
             return sampled_linear(input, weight, target, bias, layer.p, layer.mask, self.seed)[0]
         if self.seed.device != weight.device:
             sampler.place(weight.device)
         dtype = compute_dtype(input)
         mixed = self._present_mixed(dtype) if sampler.premix is not False else None
+        target = host_memory.beside(weight, target) if mixed is None else None  # Phi is all that either pass needs
         share = self.shared.siblings > 1
         kept = self.shared.get(input, dtype, sampler.draws) if share else None
         y, gathered = sampled_linear(
@@ -242,9 +268,9 @@ class _Slot:
         versions = tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
         return dtype, layer.p, layer.mask, versions
 
-    def operands(self) -> tuple[Tensor, Tensor | None]:
+    def operands(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and target as ``[out, in]``."""
-        weight, target = self.layer.weight.detach(), self.layer.target
+        weight = self.layer.weight.detach()
         if isinstance(self.layer, MixConv1D):
             return weight.t(), None if target is None else target.t()
         return weight, target
@@ -255,7 +281,7 @@ class _Slot:
         With target zero and a neuron mask it does not: the products then need the kept columns alone.
         """
         self.made_from = self._origin(self.dtype)
-        weight, target = self.operands()
+        weight, target = self.operands(self.layer.target)
         zero_columns = target is None and self.layer.mask == "neuron"
         backend = "reference"
         premix = self.sampler.premix

@@ -61,8 +61,8 @@ def decay_to_target(
         )
 
     def target_of(weight: Tensor) -> Tensor:
-        if weight in mixed and mixed[weight].target is not None:
-            return mixed[weight].target  # type: ignore[return-value]
+        if weight in mixed and (target := mixed[weight].target) is not None:
+            return target.to(weight.device)  # a sampler may keep it in host memory
         frozen[weight] = frozen[weight].to(weight.device)  # the model may have moved since
         return frozen[weight]
 
@@ -114,11 +114,12 @@ def step_taken(optimizer: Optimizer) -> int | Tensor:
 
 
 def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
-    """``t += weight * (end - t)`` in place, without temporaries of the tensors' size where dtypes agree."""
-    if isinstance(weight, float) and all(t.dtype == end.dtype for t, end in zip(tensors, ends, strict=True)):
+    """``t += weight * (end - t)`` in place, without temporaries of the tensors' size where dtypes and devices agree."""
+    alike = all((t.dtype, t.device) == (end.dtype, end.device) for t, end in zip(tensors, ends, strict=True))
+    if isinstance(weight, float) and alike:
         if tensors:
             torch._foreach_lerp_(tensors, ends, weight)
         return
     for tensor, end in zip(tensors, ends, strict=True):
         amount = torch.as_tensor(weight, dtype=tensor.dtype, device=tensor.device)
-        tensor.lerp_(end.to(tensor.dtype), amount)
+        tensor.lerp_(end.to(tensor), amount)

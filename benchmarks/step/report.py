@@ -103,7 +103,11 @@ class Report:
             error = [[m.median - low], [high - m.median]]
             time.barh(place, m.median, height=0.65, color=colour, xerr=error, error_kw={"ecolor": "black", "lw": 1})
             time.annotate(
-                f"  {m.median:.0f} ms ({_ratio_text(self.ratio(m))} x)", (high, place), va="center", fontsize=9
+                f"  {m.median:.0f} ms ({_ratio_text(self.ratio(m))} x)",
+                (high, place),
+                va="center",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
             if m.peak_bytes is not None:
                 mebibytes = m.peak_bytes / 2**20

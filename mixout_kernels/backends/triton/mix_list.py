@@ -22,7 +22,7 @@ from .mix import WARPS, mix_into, mix_tile, tile_shape
 _NEVER = 2**62  # the first tile of an unused slot
 # A weight in the table: first tile, addresses of w, u and Phi, rows, columns, index of its seed.
 _Entry = tuple[int, int, int, int, int, int, int]
-# Pinned memory of the tables that a CUDA graph copies: a replay reads it again.
+# The tables that a CUDA graph copies: a replay reads them again.
 _captured: list[Tensor] = []
 
 
@@ -128,7 +128,7 @@ def _device_table(entries: tuple[_Entry, ...], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return _host_table(entries)
     if torch.cuda.is_current_stream_capturing():  # the copy happens at replay: nobody else may rely on it
-        _captured.append(_host_table(entries).pin_memory())
+        _captured.append(_host_table(entries))  # not pinned: before torch 2.11, pin_memory() breaks a capture
         return _captured[-1].to(device, non_blocking=True)
     return _cached_table(entries, device, torch.cuda.current_stream(device))
 

@@ -1,0 +1,132 @@
+"""Targets in host memory, brought to the device piece by piece while Phi is mixed from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .modules import MixConv1D, MixLinear
+
+# A piece's copy must take longer than starting it (10 us against a millisecond at 50 GB/s), and two pieces lie on the
+# device at a time.
+PIECE_BYTES = 64 * 2**20
+
+
+def to_host(layers: Sequence[MixLinear | MixConv1D]) -> None:
+    """Moves the targets of these layers, each once, to host memory that a GPU can read (pinned, where there is one).
+
+    They are no buffers from then on, so that ``model.to`` leaves them where they are.
+    """
+    moved: dict[int, Tensor] = {}
+    for layer in layers:
+        target = layer._buffers.pop("target")
+        if target is not None and id(target) not in moved:
+            host = target.cpu()
+            moved[id(target)] = host.pin_memory() if torch.cuda.is_available() else host
+        layer.target = None if target is None else moved[id(target)]
+
+
+def to_device(layers: Sequence[MixLinear | MixConv1D]) -> None:
+    """Undoes :func:`to_host`: buffers again, on the devices of their weights."""
+    moved: dict[tuple[int, torch.device], Tensor] = {}
+    for layer in layers:
+        target = layer.__dict__.pop("target")
+        if target is not None:
+            target = moved.setdefault((id(target), layer.weight.device), target.to(layer.weight.device))
+        layer.register_buffer("target", target, persistent=False)
+
+
+def beside(weight: Tensor, target: Tensor | None) -> Tensor | None:
+    """The target on the weight's device: itself, or a copy."""
+    return None if target is None else target.to(weight.device, non_blocking=True)
+
+
+def pieces(targets: Sequence[Tensor | None]) -> list[slice]:
+    """Runs of consecutive targets of at most ``PIECE_BYTES``, or of one larger target."""
+    found, start, size = [], 0, 0
+    for k, target in enumerate(targets):
+        nbytes = 0 if target is None else _padded_bytes(target)
+        if k > start and size + nbytes > PIECE_BYTES:
+            found.append(slice(start, k))
+            start, size = k, 0
+        size += nbytes
+    return [*found, slice(start, len(targets))]
+
+
+def on_device(targets: Sequence[Sequence[Tensor | None]], device: torch.device) -> Iterator[list[Tensor | None]]:
+    """Each piece's targets on the device, valid until the next piece is asked for, which is being copied meanwhile.
+
+    Two buffers take turns. On a GPU a second stream fills one while the current stream reads the other; each waits for
+    the other's events, never the host, so it can be captured in a CUDA graph.
+    """
+    size = max(sum(_padded_bytes(t) for t in piece if t is not None) for piece in targets)
+    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    streams = _Streams(device)
+
+    def copy(k: int) -> list[Tensor | None]:
+        with streams.copying(k % 2):
+            return _copied(targets[k], buffers[k % 2])
+
+    ahead = copy(0)
+    for k in range(len(targets)):
+        present = ahead
+        streams.wait_for_copy(k % 2)
+        if k + 1 < len(targets):
+            ahead = copy(k + 1)
+        yield present
+        streams.has_read(k % 2)
+
+
+class _Streams:
+    """The order of copies and reads of the two buffers; on a CPU everything is in order already."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            self.current = torch.cuda.current_stream(device)
+            self.side = torch.cuda.Stream(device)
+            self.side.wait_stream(self.current)  # the buffers' memory may still be in use there
+            self.copied = [torch.cuda.Event(), torch.cuda.Event()]
+            self.read: list[torch.cuda.Event | None] = [None, None]
+
+    @contextlib.contextmanager
+    def copying(self, buffer: int) -> Iterator[None]:
+        if not self.on_gpu:
+            yield
+            return
+        with torch.cuda.stream(self.side):
+            if (read := self.read[buffer]) is not None:
+                self.side.wait_event(read)
+            yield
+            self.copied[buffer].record(self.side)
+
+    def wait_for_copy(self, buffer: int) -> None:
+        if self.on_gpu:
+            self.current.wait_event(self.copied[buffer])
+
+    def has_read(self, buffer: int) -> None:
+        if self.on_gpu:
+            self.read[buffer] = self.current.record_event()
+
+
+def _copied(targets: Sequence[Tensor | None], buffer: Tensor) -> list[Tensor | None]:
+    """Copies of the targets, one behind the other in ``buffer``."""
+    copies: list[Tensor | None] = []
+    offset = 0
+    for target in targets:
+        if target is None:
+            copies.append(None)
+            continue
+        place = buffer[offset : offset + target.nbytes].view(target.dtype)
+        # Strides as they are: a transposed target stays one.
+        copies.append(place.as_strided(target.shape, target.stride()).copy_(target, non_blocking=True))
+        offset += _padded_bytes(target)
+    return copies
+
+
+def _padded_bytes(target: Tensor) -> int:
+    """Kernels load 16 bytes at a time; 512 is what torch's allocator aligns to."""
+    return -(-target.nbytes // 512) * 512

@@ -1,0 +1,125 @@
+"""Targets in host memory: the bits of targets on the device, whatever the pieces that they come in."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mixout_kernels as mk
+from mixout_kernels import host_memory
+
+from . import models
+from .transformers_models import MODELS, inputs, make
+
+
+def train(model, x, **options):
+    """Two steps of a copy with a moving target: all that a sampler's layers give."""
+    model = copy.deepcopy(model)
+    mk.MixSampler(model, seed=3, premix=True, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    mk.decay_to_target(optimizer, model, 0.1)
+    mk.track_targets(optimizer, model, 0.9)
+    results = []
+    for _ in range(3):
+        results.append(models.run(model, x))
+        optimizer.step()
+    return results
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("piece_bytes", [1, 3000, 2**26])
+def test_the_same_bits(name, mask, piece_bytes, device, monkeypatch):
+    monkeypatch.setattr(host_memory, "PIECE_BYTES", piece_bytes)
+    model = models.with_mixout(make(name), mask=mask, device=device)
+    x = inputs(name).to(device)
+    for host, beside in zip(train(model, x, host_targets=True), train(model, x), strict=True):
+        host.assert_same_bits(beside)
+
+
+def test_bfloat16_targets_and_a_layer_that_is_not_premixed(device):
+    model = models.with_mixout(models.attention_net(), target_dtype=torch.bfloat16, device=device)
+    model[2].p = 1.0
+    x = models.random_input().to(device)
+    for host, beside in zip(train(model, x, host_targets=True), train(model, x), strict=True):
+        host.assert_same_bits(beside)
+
+
+def test_pieces():
+    def of(*numbers):
+        found = host_memory.pieces([None if n is None else torch.empty(n, dtype=torch.uint8) for n in numbers])
+        return [(cut.start, cut.stop) for cut in found]
+
+    limit = host_memory.PIECE_BYTES
+    assert of(5) == [(0, 1)]
+    assert of(5, None, 7) == [(0, 3)]
+    assert of(limit, 1, limit - 512, 1) == [(0, 1), (1, 3), (3, 4)]
+    assert of(2 * limit, 2 * limit) == [(0, 1), (1, 2)]
+
+
+def test_copies_keep_their_strides_and_do_not_overlap():
+    targets = [torch.randn(5, 7), None, torch.randn(7, 5).t(), torch.randn(3).bfloat16()]
+    (copies,) = host_memory.on_device([targets], torch.device("cpu"))
+    for target, copied in zip(targets, copies, strict=True):
+        assert (target is None) == (copied is None)
+        if target is not None:
+            assert copied.data_ptr() % 16 == 0
+            assert (copied.dtype, copied.stride()) == (target.dtype, target.stride())
+            assert torch.equal(copied, target)
+
+
+def test_targets_on_the_host_are_not_moved_with_the_model():
+    model = models.with_mixout(models.mlp())
+    model[2].weight, model[2].target = model[0].weight, model[0].target  # tied
+    before = [model[0].target, model[2].target]
+    sampler = mk.MixSampler(model, host_targets=True)
+    assert not any(name.endswith("target") for name, _ in model.named_buffers())
+    assert model[0].target is model[2].target
+    model.to("meta")
+    assert model[0].target.device.type == "cpu"
+    model.to_empty(device="cpu")
+    sampler.remove()
+    assert {name for name, _ in model.named_buffers()} == {"0.target", "2.target"} - {"2.target"}
+    assert model[0].target is model[2].target
+    assert torch.equal(model[0].target, before[0])
+    assert "0.target" not in model.state_dict()
+
+
+def test_copies_pickles_and_plain_models():
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model, host_targets=True)
+    x = models.random_input()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other[0].target, model[0].target)
+        assert torch.equal(other.eval()(x), model.eval()(x))
+        mk.remove_mixout(other)
+        assert type(other[0]) is nn.Linear
+        assert not hasattr(other[0], "target")
+    mk.remove_mixout(model)
+    assert not hasattr(model[0], "target")
+
+
+def test_without_premix_there_is_nothing_to_copy_for():
+    model = models.with_mixout(models.mlp())
+    with pytest.raises(ValueError, match=r"^MixSampler: host_targets: expected False with premix=False"):
+        mk.MixSampler(model, host_targets=True, premix=False)
+    assert model[0]._buffers["target"] is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: memory of the GPU")
+def test_the_gpu_holds_two_pieces_at_most(monkeypatch):
+    weight_bytes = 4 * 512 * 512
+    monkeypatch.setattr(host_memory, "PIECE_BYTES", weight_bytes)
+    model = models.with_mixout(nn.Sequential(*(nn.Linear(512, 512) for _ in range(16))), device="cuda")
+    sampler = mk.MixSampler(model, host_targets=True)
+    assert all(layer.target.is_pinned() for layer in models.mixed_layers(model).values())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 512, device="cuda")
+    for _ in range(2):
+        models.step(model, optimizer, x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sampler.mix(sampler._slots)
+    assert torch.cuda.max_memory_allocated() - before < 3 * weight_bytes
