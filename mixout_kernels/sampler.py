@@ -245,7 +245,8 @@ class _Slot:
             sampler.place(weight.device)
         dtype = compute_dtype(input)
         mixed = self._present_mixed(dtype) if sampler.premix is not False else None
-        target = host_memory.beside(weight, target) if mixed is None else None  # Phi is all that either pass needs
+        if sampler.host_targets:  # with Phi neither pass needs the target
+            target = None if mixed is not None else host_memory.beside(weight, target)
         share = self.shared.siblings > 1
         kept = self.shared.get(input, dtype, sampler.draws) if share else None
         y, gathered = sampled_linear(
