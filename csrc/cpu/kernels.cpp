@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../mix.h"
@@ -79,7 +80,10 @@ MIXOUT_CLONES void gather_columns(
     const T* x, int64_t ldx, O* out, int64_t width, const int64_t* columns, int64_t n, arithmetic_t<T> scale,
     int64_t rows) {
   for (int64_t r = 0; r < rows; ++r, x += ldx, out += width) {
-    for (int64_t c = 0; c < n; ++c) out[c] = static_cast<O>(static_cast<arithmetic_t<T>>(x[columns[c]]) * scale);
+    if (std::is_same_v<T, O> && scale == 1)  // a half-precision value would be converted there and back
+      for (int64_t c = 0; c < n; ++c) out[c] = static_cast<O>(x[columns[c]]);
+    else
+      for (int64_t c = 0; c < n; ++c) out[c] = static_cast<O>(static_cast<arithmetic_t<T>>(x[columns[c]]) * scale);
     std::fill(out + n, out + width, O(0));
   }
 }
