@@ -192,16 +192,12 @@ def _mix_list(w: torch.dtype, u: torch.dtype, phi: torch.dtype, mask: str, layou
 def _column_cases() -> Iterator[Case]:
     for dtype in (_BF16, _F32):
         for layout in ("[out, in]", "[in, out]"):
-            what = f"{_SHORT[dtype]}, {layout}, scaled"
+            what = f"{_SHORT[dtype]}, {layout}"
             w, compact = _weight(dtype, layout), _weight(dtype, layout, columns=_KEPT)
-            yield Case(what, partial(columns.gather_columns, w, _seed(), _P, _KEPT, 1.5))
+            yield Case(what, partial(columns.gather_columns, w, _seed(), _P, _KEPT))
             yield Case(what, partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
-        x, compact = _weight(dtype, "[out, in]"), _weight(dtype, "[out, in]", columns=_KEPT)
-        yield Case(_SHORT[dtype], partial(columns.gather_columns, x, _seed(), _P, _KEPT))
-        yield Case(_SHORT[dtype], partial(columns.scatter_columns, compact, x, _seed(), _P))
     w, compact = _weight(_F32, "[out, in]"), _weight(_BF16, "[out, in]", columns=_KEPT)
-    yield Case("fp32 to bf16, scaled", partial(columns.gather_columns, w, _seed(), _P, _KEPT, 1.5, _BF16))
-    yield Case("bf16 to fp32, scaled", partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
+    yield Case("bf16 to fp32", partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
 
 
 def _fused_cases() -> Iterator[Case]:

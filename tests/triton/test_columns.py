@@ -31,8 +31,6 @@ def test_gather(shape, transposed, spare):
     expected = torch.zeros(shape[0], capacity)
     expected[:, : len(kept)] = x[:, kept[:capacity]]
     assert torch.equal(columns.gather_columns(x, SEED, P, capacity), expected)
-    scaled = columns.gather_columns(x, SEED, P, capacity, 3.0, torch.float16)
-    assert torch.equal(scaled, (expected * 3).half())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -46,8 +44,7 @@ def test_scatter(shape, transposed, spare):
     out = torch.empty_like(matrix(*shape, transposed))
     expected = torch.zeros(shape)
     expected[:, kept[:capacity]] = compact[:, : len(kept)]
-    assert torch.equal(columns.scatter_columns(compact, out, SEED, P), expected)
-    assert torch.equal(columns.scatter_columns(compact, torch.empty_like(out), SEED, P, 0.5), expected * 0.5)
+    assert torch.equal(columns.scatter_columns(compact, out, SEED, P, 0.5), expected * 0.5)
 
 
 def test_a_dropped_nan_is_not_gathered():

@@ -32,9 +32,9 @@ def kept_positions(seed, threshold, first, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def gather_tile(
-    x_ptr, out_ptr, seed, threshold, scale, tile, rows, columns, capacity,
+    x_ptr, out_ptr, seed, threshold, tile, rows, columns, capacity,
     stride_xr, stride_xc, stride_or, stride_oc,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles_across = tl.cdiv(columns, COLUMNS)
     first_column = (tile % tiles_across) * COLUMNS
@@ -46,8 +46,6 @@ def gather_tile(
         x_ptr + row[:, None] * stride_xr + column.to(tl.int64)[None, :] * stride_xc,
         mask=row_inside & (column < columns)[None, :],
     )
-    if SCALED:
-        x = (x.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
     out_row = out_ptr + row[:, None] * stride_or
     fits = keep & (position < capacity)
     tl.store(out_row + position.to(tl.int64)[None, :] * stride_oc, x, mask=row_inside & fits[None, :])
@@ -63,21 +61,21 @@ def gather_tile(
 
 @triton.jit(do_not_specialize=["threshold"])
 def _gather_columns_kernel(
-    x_ptr, out_ptr, seed_ptr, threshold, scale, rows, columns, capacity,
+    x_ptr, out_ptr, seed_ptr, threshold, rows, columns, capacity,
     stride_xr, stride_xc, stride_or, stride_oc,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     gather_tile(
-        x_ptr, out_ptr, tl.load(seed_ptr), threshold, scale, tl.program_id(0), rows, columns, capacity,
-        stride_xr, stride_xc, stride_or, stride_oc, SCALED, ROWS, COLUMNS,
+        x_ptr, out_ptr, tl.load(seed_ptr), threshold, tl.program_id(0), rows, columns, capacity,
+        stride_xr, stride_xc, stride_or, stride_oc, ROWS, COLUMNS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _scatter_columns_kernel(
-    compact_ptr, out_ptr, seed_ptr, threshold, scale, rows, columns, capacity,
-    stride_cr, stride_cc, stride_or, stride_oc,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    compact_ptr, out_ptr, seed_ptr, threshold, rows, columns, capacity,
+    stride_cr, stride_cc, stride_or, stride_oc, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles_across = tl.cdiv(columns, COLUMNS)
     tile = tl.program_id(0)
@@ -92,30 +90,23 @@ def _scatter_columns_kernel(
         mask=row_inside & fits[None, :],
         other=0.0,
     )
-    if SCALED:
-        value = value.to(tl.float32) * scale
     tl.store(
         out_ptr + row[:, None] * stride_or + column.to(tl.int64)[None, :] * stride_oc,
-        value.to(out_ptr.dtype.element_ty),
+        (value.to(tl.float32) * scale).to(out_ptr.dtype.element_ty),
         mask=row_inside & (column < columns)[None, :],
     )
 
 
-def gather_columns(
-    x: Tensor, seed: Tensor, p: float, capacity: int, scale: float | None = None, dtype: torch.dtype | None = None
-) -> Tensor:
-    """scale * x[:, kept] [rows, capacity], in the memory layout of x [rows, columns]; for p < 1."""
+def gather_columns(x: Tensor, seed: Tensor, p: float, capacity: int) -> Tensor:
+    """x[:, kept] [rows, capacity], in the memory layout of x [rows, columns]; for p < 1."""
     rows, columns = x.shape
-    if x.stride(0) == 1 and columns > 1:
-        out = x.new_empty((capacity, rows), dtype=dtype).t()
-    else:
-        out = x.new_empty((rows, capacity), dtype=dtype)
+    out = x.new_empty((capacity, rows)).t() if x.stride(0) == 1 and columns > 1 else x.new_empty((rows, capacity))
     if out.numel():
-        _launch(_gather_columns_kernel, x, out, x.shape, capacity, seed, p, scale)
+        _launch(_gather_columns_kernel, x, out, x.shape, capacity, seed, p)
     return out
 
 
-def scatter_columns(compact: Tensor, out: Tensor, seed: Tensor, p: float, scale: float | None = None) -> Tensor:
+def scatter_columns(compact: Tensor, out: Tensor, seed: Tensor, p: float, scale: float) -> Tensor:
     """Writes scale * compact [rows, capacity] into the kept columns of ``out`` [rows, columns], zero elsewhere."""
     if out.numel():
         _launch(_scatter_columns_kernel, compact, out, out.shape, compact.shape[1], seed, p, scale)
@@ -130,15 +121,14 @@ def _launch(
     capacity: int,
     seed: Tensor,
     p: float,
-    scale: float | None,
+    *scale: float,
 ) -> None:
     rows, columns = shape
     tile_rows, tile_columns = tile(out.stride(0) == 1 and columns > 1)
     launch(
         kernel, triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),
-        source, out, seed, threshold_argument(p), 1.0 if scale is None else scale, rows, columns, capacity,
-        *source.stride(), *out.stride(),
-        SCALED=scale is not None, ROWS=tile_rows, COLUMNS=tile_columns, num_warps=_WARPS,
+        source, out, seed, threshold_argument(p), rows, columns, capacity, *source.stride(), *out.stride(), *scale,
+        ROWS=tile_rows, COLUMNS=tile_columns, num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -86,8 +86,8 @@ def _fused_linear_kernel(
         )  # fmt: skip
     elif SAVES_KEPT:
         columns.gather_tile(
-            x_ptr, kept_ptr, seed, threshold, scale, tile - product_tiles, rows, reduced, capacity,
-            stride_xm, 1, capacity, 1, False, SAVED_ROWS, SAVED_COLUMNS,
+            x_ptr, kept_ptr, seed, threshold, tile - product_tiles, rows, reduced, capacity,
+            stride_xm, 1, capacity, 1, SAVED_ROWS, SAVED_COLUMNS,
         )  # fmt: skip
 
 

@@ -45,9 +45,7 @@ def mix_linear(
         y, kept = fused_linear(x, weight, target, bias, seed, p, per_weight, saved_columns)
     else:
         kept = gather_columns(x, seed, p, saved_columns)
-        if mixed is None and target is None and saved_columns:
-            x, mixed = kept, _kept_weight(weight, seed, p, saved_columns, x.dtype)
-        elif mixed is None:
+        if mixed is None:
             mixed = _mixed_weight(weight, target, seed, p, per_weight, x.dtype)
         y = F.linear(x, mixed, bias)
     return y.view(*input.shape[:-1], weight.shape[0]), kept
@@ -80,7 +78,7 @@ def mix_linear_backward(
         elif fused:
             dx = fused_input_gradient(g, weight, target, seed, p, per_weight)
         else:
-            dx = _staged_input_gradient(g, saved_input, weight, target, seed, p, per_weight)
+            dx = torch.mm(g, _mixed_weight(weight, target, seed, p, per_weight, g.dtype))
         dx = dx.view(*grad.shape[:-1], weight.shape[1])
     if needs_dw:
         if nothing_kept:
@@ -116,21 +114,6 @@ def _mixed_weight(
 ) -> Tensor:
     phi = torch.empty_like(weight, dtype=dtype)
     return mix_into(phi, weight, target, seed, p, 1 / (1 - p), per_weight)
-
-
-def _kept_weight(weight: Tensor, seed: Tensor, p: float, capacity: int, dtype: torch.dtype) -> Tensor:
-    """All of Phi that is not zero when the target is: [out, capacity]."""
-    return gather_columns(weight, seed, p, capacity, 1 / (1 - p), dtype)
-
-
-def _staged_input_gradient(
-    g: Tensor, saved_input: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, per_weight: bool
-) -> Tensor:
-    capacity = 0 if per_weight else saved_input.shape[-1]
-    if target is not None or capacity == 0:
-        return torch.mm(g, _mixed_weight(weight, target, seed, p, per_weight, g.dtype))
-    compact = torch.mm(g, _kept_weight(weight, seed, p, capacity, g.dtype))
-    return scatter_columns(compact, g.new_empty((g.shape[0], weight.shape[1])), seed, p)
 
 
 def _staged_weight_gradient(
