@@ -33,9 +33,9 @@ def what_is_missing() -> str | None:
         import torch  # noqa: F401
     except ModuleNotFoundError:
         return "torch is not importable in the build environment; pip install torch, then use --no-build-isolation"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if not (shutil.which(compiler) or shutil.which("g++")):
-        return f"no C++ compiler: {compiler} is not on PATH"
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C++ compiler: {compilers[0]} is not on PATH"
     if not shutil.which("ninja"):
         return "ninja is not on PATH; pip install ninja"
     return None

@@ -22,7 +22,8 @@ def load(name: str = "_C") -> tuple[ModuleType | None, str]:
     if spec is None or spec.origin is None:
         needed = "nvcc and a CUDA build of torch" if name == "_cuda" else "a C++ compiler, torch"
         return None, (
-            f"mixout_kernels was installed without its compiled extension {name}. To build it, have {needed} and ninja "
+            f"mixout_kernels, imported from {Path(__file__).parent}, has no compiled extension {name}. If this is its "
+            f"source folder, run python elsewhere, or install with --editable. To build it, have {needed} and ninja "
             f"installed, then {REBUILD}"
         )
     # The version is read from the file's bytes first: after an upgrade, importing it may fail with an undefined

@@ -100,13 +100,14 @@ def apply_mixout(
             model is then unchanged.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
+    _check_model("apply_mixout", model, "use MixLinear.from_linear for a layer by itself")
     places = list(_places(model))
     if any(isinstance(module, (MixLinear, MixConv1D)) for _, _, _, module in places):
         raise ValueError("apply_mixout: model: expected one without mixout; call remove_mixout(model) first")
     included = None if include is None else patterns("include", include)
     excluded = patterns("exclude", exclude)
 
-    report = Report(p, mask)
+    report = Report(p, mask, skipped=_raw_parameters(model))
     matched: list[tuple[str, nn.Module, str, nn.Module]] = []
     for name, parent, attribute, module in places:
         reason = _reason_to_skip(name, module, included, excluded)
@@ -190,6 +191,7 @@ def remove_mixout(model: nn.Module) -> None:
     Raises:
         ValueError: if there is no mixout in the model.
     """
+    _check_model("remove_mixout", model, "it has no place to put a plain layer into")
     matched = [
         (name, parent, attribute, module)
         for name, parent, attribute, module in _places(model)
@@ -197,6 +199,8 @@ def remove_mixout(model: nn.Module) -> None:
     ]
     if not matched:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
+    for _, _, _, mixed in matched:
+        mixed.target = None  # no longer needed: a sampler must not bring it back from host memory
     for sampler in {module.slot.sampler for _, _, _, module in matched if module.slot is not None}:
         sampler.remove()
     plain: dict[int, nn.Module] = {}
@@ -213,6 +217,25 @@ def remove_mixout(model: nn.Module) -> None:
     for module in model.modules():
         for attribute, rate in module.__dict__.pop(_RATES_ATTRIBUTE, {}).items():
             setattr(module, attribute, rate)
+
+
+def _check_model(function: str, model: nn.Module, remedy: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
+    if _is_linear(model) or isinstance(model, MixConv1D):
+        raise ValueError(f"{function}: model: expected one with layers in it, got a {type(model).__name__}: {remedy}")
+
+
+def _raw_parameters(model: nn.Module) -> dict[str, str]:
+    """Weights that no swap reaches: ``in_proj_weight``, XLNet's q, k and v, experts in one tensor, positions."""
+    why = "a Parameter {} of its own: mixout() mixes it where it is read"
+    return {
+        f"{prefix}.{name}".lstrip("."): why.format(list(weight.shape))
+        for prefix, module in model.named_modules()
+        if not _is_linear(module)
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.dim() > 1 and name != "weight"
+    }
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,8 +25,9 @@ def to_host(layers: Sequence[MixLinear | MixConv1D]) -> None:
     for layer in layers:
         target = layer._buffers.pop("target")
         if target is not None and id(target) not in moved:
-            host = target.cpu()
-            moved[id(target)] = host.pin_memory() if torch.cuda.is_available() else host
+            # Not .cpu(): an expanded target would stay one, and its elements could not be copied one by one.
+            host = torch.empty_like(target, device="cpu", pin_memory=torch.cuda.is_available())
+            moved[id(target)] = host.copy_(target)
         layer.target = None if target is None else moved[id(target)]
 
 
@@ -35,7 +37,10 @@ def to_device(layers: Sequence[MixLinear | MixConv1D]) -> None:
     for layer in layers:
         target = layer.__dict__.pop("target")
         if target is not None:
-            target = moved.setdefault((id(target), layer.weight.device), target.to(layer.weight.device))
+            key = id(target), layer.weight.device
+            if key not in moved:
+                moved[key] = target.to(layer.weight.device)
+            target = moved[key]
         layer.register_buffer("target", target, persistent=False)
 
 
@@ -63,21 +68,24 @@ def on_device(targets: Sequence[Sequence[Tensor | None]], device: torch.device) 
     the other's events, never the host, so it can be captured in a CUDA graph.
     """
     size = max(sum(_padded_bytes(t) for t in piece if t is not None) for piece in targets)
-    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(min(2, len(targets)))]
     streams = _Streams(device)
 
     def copy(k: int) -> list[Tensor | None]:
         with streams.copying(k % 2):
             return _copied(targets[k], buffers[k % 2])
 
-    ahead = copy(0)
-    for k in range(len(targets)):
-        present = ahead
-        streams.wait_for_copy(k % 2)
-        if k + 1 < len(targets):
-            ahead = copy(k + 1)
-        yield present
-        streams.has_read(k % 2)
+    try:
+        ahead = copy(0)
+        for k in range(len(targets)):
+            present = ahead
+            streams.wait_for_copy(k % 2)
+            if k + 1 < len(targets):
+                ahead = copy(k + 1)
+            yield present
+            streams.has_read(k % 2)
+    finally:
+        streams.join()  # also if the mixing failed: the buffers' memory goes back to the current stream
 
 
 class _Streams:
@@ -87,7 +95,7 @@ class _Streams:
         self.on_gpu = device.type == "cuda"
         if self.on_gpu:
             self.current = torch.cuda.current_stream(device)
-            self.side = torch.cuda.Stream(device)
+            self.side = _side_stream(device)
             self.side.wait_stream(self.current)  # the buffers' memory may still be in use there
             self.copied = [torch.cuda.Event(), torch.cuda.Event()]
             self.read: list[torch.cuda.Event | None] = [None, None]
@@ -110,6 +118,16 @@ class _Streams:
     def has_read(self, buffer: int) -> None:
         if self.on_gpu:
             self.read[buffer] = self.current.record_event()
+
+    def join(self) -> None:
+        if self.on_gpu:
+            self.current.wait_stream(self.side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: torch hands out new ones from a pool of 32, where they would soon meet a stream in use."""
+    return torch.cuda.Stream(device)
 
 
 def _copied(targets: Sequence[Tensor | None], buffer: Tensor) -> list[Tensor | None]:

@@ -68,7 +68,7 @@ class MixLinear(nn.Linear):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or self.p == 0:
             return F.linear(input, self.weight, self.bias)
         if self.slot is not None:
             return self.slot(input, self.weight, self.target, self.bias)
@@ -76,6 +76,10 @@ class MixLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_mixout_repr(self)}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _keep_target_beside_weight(self)
 
 
 class MixConv1D(nn.Module):
@@ -107,7 +111,7 @@ class MixConv1D(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, target = self.weight.t(), None if self.target is None else self.target.t()
-        if not self.training:
+        if not self.training or self.p == 0:
             return F.linear(input, weight, self.bias)
         if self.slot is not None:
             return self.slot(input, weight, target, self.bias)
@@ -115,6 +119,10 @@ class MixConv1D(nn.Module):
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {_mixout_repr(self)}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _keep_target_beside_weight(self)
 
 
 def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
@@ -145,6 +153,14 @@ def _set_mixout(module: MixLinear | MixConv1D, weight: Tensor, p: float, target:
     check_mixout(type(module).__name__, weight, target, p, mask)
     module.p, module.mask = p, mask
     module.register_buffer("target", target, persistent=False)
+
+
+def _keep_target_beside_weight(module: MixLinear | MixConv1D) -> None:
+    """For a copy, which has no sampler, of a layer whose target a sampler keeps in host memory."""
+    if "target" in module.__dict__:
+        target = module.__dict__.pop("target")
+        target = None if target is None else target.to(module.weight.device)
+        module.register_buffer("target", target, persistent=False)
 
 
 def _mixout_repr(module: MixLinear | MixConv1D) -> str:

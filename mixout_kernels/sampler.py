@@ -42,7 +42,9 @@ class MixSampler:
     The k-th mask is a function of (seed, k): ``state_dict`` holds the seed and the number of optimizer steps, and a
     resumed run continues with the same masks bit for bit. The sampler follows any ``torch.optim`` optimizer that holds
     one of the model's mixed weights by itself: Trainer, accelerate and GradScaler need no callback, and a step that
-    GradScaler skips draws no new masks. Compiled code uses the sampler's masks, but mixes in each forward and backward.
+    GradScaler skips draws no new masks. Of several optimizers it counts the steps of the one that holds the first mixed
+    weight; a loop without a ``torch.optim`` optimizer calls :meth:`advance` after its updates. Compiled code uses the
+    sampler's masks, but mixes in each forward and backward.
 
     Args:
         model: after :func:`mixout_kernels.apply_mixout`.
@@ -52,11 +54,13 @@ class MixSampler:
             if their p and in_features agree. ``()`` gives every layer its own.
         premix: keep Phi of every layer between steps. Costs ``extra_bytes``, the bytes of the mixed weights in the
             compute dtype; False mixes in each forward and backward. None premixes where that is the faster way: not
-            where the CPU's fused product mixes at no measurable cost.
+            where the CPU's fused product mixes at no measurable cost. An edit of a weight is noticed by autograd's
+            version counter, so one through ``.data`` is not: call :meth:`advance` after it.
         host_targets: keep the targets in host memory, and copy them to a GPU in pieces while Phi is mixed, one piece
-            ahead. Saves their bytes on the GPU but for two pieces of 64 MiB, and costs a transfer of them in each
-            optimizer step; it goes with ``premix``. A layer that mixes by itself all the same (p = 1, compiled code)
-            copies its own target in each forward.
+            ahead. Saves their bytes on the GPU but for two pieces (each of 64 MiB, or one larger target), and costs a
+            transfer of them in each optimizer step; it goes with ``premix``. A layer that mixes by itself all the same
+            (p = 1, compiled code) copies its own target in each forward. Give the model its dtype before: ``.to`` does
+            not reach them.
         seed: of the first mask, an int; None draws it from torch's default generator.
         same_on_all_ranks: under torch.distributed, take rank 0's seed on every rank; False gives each rank its own.
 
@@ -84,6 +88,10 @@ class MixSampler:
             )
         if any(layer.slot is not None for layer in layers.values()):
             raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")
+        if premix not in (None, True, False):
+            raise ValueError(f"MixSampler: premix: expected True, False or None, got {premix!r}")
+        if not isinstance(host_targets, bool):
+            raise ValueError(f"MixSampler: host_targets: expected True or False, got {host_targets!r}")
         if host_targets and premix is False:
             raise ValueError("MixSampler: host_targets: expected False with premix=False: every call needs its target")
         groups = _groups(layers, share_masks)
@@ -98,12 +106,18 @@ class MixSampler:
         shared = {number: _SharedInput(list(groups.values()).count(number)) for number in set(groups.values())}
         self._slots = [_Slot(self, layer, groups[name], shared[groups[name]]) for name, layer in layers.items()]
         self.place(next(iter(layers.values())).weight.device)
+        if host_targets:
+            host_memory.to_host(list(layers.values()))
         for slot in self._slots:
             slot.layer.slot = slot
-        if host_targets:
-            host_memory.to_host([slot.layer for slot in self._slots])
         self._hook = register_optimizer_step_post_hook(_call_weakly(self._after_step))
         weakref.finalize(self, self._hook.remove)
+
+    def __repr__(self) -> str:
+        return (
+            f"MixSampler({len(self._slots)} layers, {self._offsets.numel()} masks, every={self.every}, "
+            f"premix={self.premix}, host_targets={self.host_targets}, {self.state_dict()})"
+        )
 
     @property
     def step(self) -> int:
@@ -121,8 +135,10 @@ class MixSampler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         if not isinstance(state, dict) or set(state) != {"seed", "step"}:
             raise ValueError(f"MixSampler.load_state_dict: state: expected the keys seed and step, got {state!r}")
-        self._base = int(state["seed"])
-        self._step.fill_(int(state["step"]))
+        if not (_is_64_bits(state["seed"]) and _is_64_bits(state["step"]) and state["step"] >= 0):
+            raise ValueError(f"MixSampler.load_state_dict: state: expected two 64-bit ints, step >= 0, got {state!r}")
+        self._base = state["seed"]
+        self._step.fill_(state["step"])
         self._draw()
         self.mix(self._slots)
 
@@ -135,12 +151,20 @@ class MixSampler:
         if self.host_targets:
             host_memory.to_device([slot.layer for slot in present])
 
+    def advance(self, steps: int | Tensor = 1) -> None:
+        """Counts ``steps`` optimizer steps and mixes anew; ``torch.optim`` optimizers do this by themselves."""
+        self._step.add_(steps)
+        self._draw()
+        self.mix(self._slots)
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        weights = {id(slot.layer.weight) for slot in self._slots}
-        if any(id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]):
-            self._step.add_(step_taken(optimizer))
-            self._draw()
-            self.mix(self._slots)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        weights = [slot.layer.weight for slot in self._slots]
+        first = next((weight for weight in weights if weight.requires_grad), weights[0])
+        if id(first) in held:
+            self.advance(step_taken(optimizer))
+        elif any(id(weight) in held for weight in weights):
+            self.mix(self._slots)  # another optimizer of the same model: its weights have changed, not the step
 
     def place(self, device: torch.device) -> None:
         """Moves the counter and the seeds to the device of the model."""
@@ -328,7 +352,7 @@ def _base_seed(seed: int | None, same_on_all_ranks: bool) -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if seed is None:
         seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).item())
-    elif isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    elif not _is_64_bits(seed):
         raise ValueError(f"MixSampler: seed: expected an int of 64 bits or None, got {seed!r}")
     if not distributed:
         return seed
@@ -339,6 +363,10 @@ def _base_seed(seed: int | None, same_on_all_ranks: bool) -> int:
     # Far apart, so that the consecutive keys of one rank never reach those of another.
     shifted = seed + torch.distributed.get_rank() * 0x9E3779B97F4A7C15
     return (shifted + 2**63) % 2**64 - 2**63
+
+
+def _is_64_bits(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
 
 
 def _call_weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -62,7 +62,7 @@ def decay_to_target(
 
     def target_of(weight: Tensor) -> Tensor:
         if weight in mixed and (target := mixed[weight].target) is not None:
-            return target.to(weight.device)  # a sampler may keep it in host memory
+            return target
         frozen[weight] = frozen[weight].to(weight.device)  # the model may have moved since
         return frozen[weight]
 
@@ -114,12 +114,17 @@ def step_taken(optimizer: Optimizer) -> int | Tensor:
 
 
 def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
-    """``t += weight * (end - t)`` in place, without temporaries of the tensors' size where dtypes and devices agree."""
-    alike = all((t.dtype, t.device) == (end.dtype, end.device) for t, end in zip(tensors, ends, strict=True))
-    if isinstance(weight, float) and alike:
-        if tensors:
-            torch._foreach_lerp_(tensors, ends, weight)
-        return
-    for tensor, end in zip(tensors, ends, strict=True):
+    """``t += weight * (end - t)`` in place.
+
+    All at once and without temporaries where dtypes and devices agree; else one by one, so that of targets in host
+    memory, or in another dtype, a single copy exists at a time.
+    """
+    alone = list(zip(tensors, ends, strict=True))
+    if isinstance(weight, float):
+        alike = [(t, end) for t, end in alone if (t.dtype, t.device) == (end.dtype, end.device)]
+        alone = [(t, end) for t, end in alone if (t.dtype, t.device) != (end.dtype, end.device)]
+        if alike:
+            torch._foreach_lerp_([t for t, _ in alike], [end for _, end in alike], weight)
+    for tensor, end in alone:
         amount = torch.as_tensor(weight, dtype=tensor.dtype, device=tensor.device)
         tensor.lerp_(end.to(tensor), amount)

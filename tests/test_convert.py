@@ -87,6 +87,7 @@ def test_report_lists_every_module_with_what_was_done():
     assert report.skipped == {
         "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass of Linear: its weight may be read without "
         "its forward",
+        "attention.in_proj_weight": "a Parameter [24, 8] of its own: mixout() mixes it where it is read",
         "classifier": "excluded by 'classifier'",
     }
     assert report.dropout == {
@@ -98,7 +99,7 @@ def test_report_lists_every_module_with_what_was_done():
     }
     assert report.target_bytes == 4 * 8 * 8 * 4
     text = str(report)
-    assert text.startswith("mixout p=0.7, mask='neuron': 4 mixed, 2 skipped, 5 dropout rates set to 0")
+    assert text.startswith("mixout p=0.7, mask='neuron': 4 mixed, 3 skipped, 5 dropout rates set to 0")
     for name in (*report.mixed, *report.skipped, "(the model)", "blocks.1.dropout"):
         assert name in text
 
@@ -178,7 +179,7 @@ def test_include_and_exclude(options, expected):
     report = mk.apply_mixout(model, p=0.5, **options)
     assert mixed_names(model) == expected == set(report.mixed)
     linears = MIXED | {"classifier", "attention.out_proj"}
-    assert set(report.skipped) == linears - expected
+    assert set(report.skipped) == linears - expected | {"attention.in_proj_weight"}
 
 
 def test_not_included_is_said():
@@ -229,6 +230,16 @@ def test_twice_raises_and_changes_nothing():
     assert_unchanged(model, before)
 
 
+def test_a_layer_by_itself_has_no_place_to_be_swapped_in():
+    message = r"^apply_mixout: model: expected one with layers in it, got a Linear: use MixLinear.from_linear"
+    with pytest.raises(ValueError, match=message):
+        mk.apply_mixout(nn.Linear(4, 4), p=0.5)
+    with pytest.raises(ValueError, match=r"^remove_mixout: model: expected one with layers in it, got a MixLinear"):
+        mk.remove_mixout(mk.MixLinear(4, 4, p=0.5))
+    with pytest.raises(TypeError, match=r"^apply_mixout: model: expected an nn.Module, got str$"):
+        mk.apply_mixout("bert", p=0.5)
+
+
 def test_remove_without_mixout_raises():
     with pytest.raises(ValueError, match="remove_mixout: model: expected one with MixLinear or MixConv1D"):
         mk.remove_mixout(Encoder())
@@ -258,7 +269,7 @@ def test_multihead_attention_is_left_alone():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     report = mk.apply_mixout(model, p=0.5)
     assert set(report.mixed) == {"linear1", "linear2"}
-    assert set(report.skipped) == {"self_attn.out_proj"}
+    assert set(report.skipped) == {"self_attn.out_proj", "self_attn.in_proj_weight"}
     assert isinstance(model.self_attn.out_proj, nn.Linear)
     assert not mixed_names(model.self_attn)
     x = torch.randn(2, 3, 8)

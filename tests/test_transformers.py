@@ -86,7 +86,9 @@ def test_heads_are_left_alone(model):
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) or type(module).__name__ in ("Conv1D", "MixConv1D")
     }
-    assert linears == set(report.mixed) | set(report.skipped)
+    raw = {name for name, why in report.skipped.items() if why.startswith("a Parameter")}
+    assert linears == (set(report.mixed) | set(report.skipped)) - raw
+    assert raw == {name for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith(".weight")}
 
 
 def test_saves_and_loads_as_the_plain_model(model, tmp_path):

@@ -210,7 +210,7 @@ Tensor input_gradient(const Tensor& g, const MixedWeight& phi, bool fused) {
   return multiply(rows_as_left(g), {*rows, phi.layout().transposed}, g.size(0), phi.columns(), out_features);
 }
 
-// a^T b for two matrices of many rows.
+// a^T b for two matrices of many rows, b contiguous.
 Tensor product_over_rows(const Tensor& a, const Tensor& b, bool fused) {
   if (!fused) return at::mm(a.t(), b);
   const Strided left{a.const_data_ptr<float>(), 1, a.stride(0)};
@@ -228,8 +228,9 @@ Tensor kept_columns_gradient(
   const Tensor compact = product_over_rows(kept_input.narrow(1, 0, n), g, fused);
   if (layout.transposed) {
     memory.zero_();
-    memory.index_copy_(0, index_tensor(columns).narrow(0, 0, n), 
-        compact.to(at::toOpMathType(compact.scalar_type())).mul_(scale).to(weight.scalar_type()));
+    const auto precise = at::toOpMathType(compact.scalar_type());
+    memory.index_copy_(
+        0, index_tensor(columns).narrow(0, 0, n), compact.to(precise).mul_(scale).to(weight.scalar_type()));
     return layout.logical(memory);
   }
   MIXOUT_DISPATCH_COLUMNS(weight.scalar_type(), g.scalar_type(), [&] {
@@ -281,7 +282,7 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
 // [..., n] as [rows, n]; the rows are counted, since reshape cannot infer them when n is 0.
 Tensor rows_of(const Tensor& t) {
   const auto leading = t.sizes().slice(0, t.dim() - 1);
-  return t.reshape({c10::multiply_integers(leading), t.size(-1)}).contiguous();
+  return t.resolve_neg().reshape({c10::multiply_integers(leading), t.size(-1)}).contiguous();
 }
 
 }  // namespace

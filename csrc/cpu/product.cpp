@@ -23,8 +23,7 @@ namespace {
 // for nothing, so both units are busy: 99 % of their peak was measured on Zen 5 with a and b in L1.
 constexpr int64_t kTileRows = 14, kTileColumns = 32;
 // A packed block of b: 590 KB of an L2 cache of 1 MB. A tile of a: 11 KB of L1. A depth of 192 keeps the chains of
-// additions short: with 384 the gradients of a whole model had 1.5 times the rounding error. It is also the depth that
-// MKL takes for AVX2, so on the AMD CPUs where it was compared, y, dx and dw equal those of F.linear bit for bit.
+// additions short: with 384 the gradients of a whole model had 1.5 times the rounding error.
 constexpr int64_t kDepth = 192, kColumns = 768;
 // Rows of the tile of a lie apart by a stride that is no power of two: they fall into different sets of the cache.
 constexpr int64_t kDepthStride = kDepth + 16;
@@ -49,6 +48,12 @@ Block part_of(int64_t n, int64_t part, int64_t parts, int64_t unit) {
   const int64_t units = (n + unit - 1) / unit;
   const int64_t first = std::min(n, units * part / parts * unit), end = std::min(n, units * (part + 1) / parts * unit);
   return {first, end - first};
+}
+
+// The most units in one of these parts.
+int64_t tiles_of(int64_t n, int64_t parts, int64_t unit) {
+  const int64_t units = (n + unit - 1) / unit;
+  return (units + parts - 1) / parts;
 }
 
 MIXOUT_AVX512 __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
@@ -196,9 +201,10 @@ void multiply(
   // Threads share b by columns, and by rows of c what is left of them; each packs the columns that it multiplies.
   int64_t across = 1, least = INT64_MAX;
   for (int64_t columns = 1; columns <= threads; ++columns) {
-    const int64_t wide = part_of(n, columns - 1, columns, kTileColumns).size;
-    const int64_t tall = part_of(m, threads / columns - 1, threads / columns, kTileRows).size;
-    if (wide * (tall + kPackingRows) < least) across = columns, least = wide * (tall + kPackingRows);
+    // The last part has the most tiles, and a tile that is cut off costs as much as a whole one.
+    const int64_t wide = tiles_of(n, columns, kTileColumns), tall = tiles_of(m, threads / columns, kTileRows);
+    const int64_t work = wide * (tall * kTileRows + kPackingRows);
+    if (work < least) across = columns, least = work;
   }
   const int64_t down = threads / across;
   at::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {

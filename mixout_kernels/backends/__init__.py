@@ -51,15 +51,19 @@ def choose(
         if schedule is not None:
             raise RuntimeError(f"schedule={schedule!r} was asked for, but the reference follows none")
         return name
+    reasons = {}
     for candidate in PREFERENCE.get(device, ()) if name is None else (name,):
         reason = _reason_against(candidate, schedule, device, weight, target, compute)
         if reason is None:
             return candidate
         if name is not None:
             raise RuntimeError(f"backend={name!r} was asked for, but {reason}")
-        _say_once(f"backend {candidate!r} is not used: {reason}")
+        reasons[candidate] = reason
+        if schedule is None:
+            _say_once(f"backend {candidate!r} is not used: {reason}")
     if schedule is not None:
-        raise RuntimeError(f"schedule={schedule!r} was asked for, but no backend on {device} can follow it here")
+        why = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items()) or f"none is for {device}"
+        raise RuntimeError(f"schedule={schedule!r} was asked for, but no backend can follow it here ({why})")
     return "reference"
 
 

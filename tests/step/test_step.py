@@ -1,5 +1,6 @@
 """The step benchmark on a tiny model: what its table says is what its steps do."""
 
+import dataclasses
 import json
 
 import pytest
@@ -29,6 +30,7 @@ def smallest():
 
 
 WORKLOAD = Workload("the smallest BERT", "cpu", 4, 8, 30, smallest, goals={0.7: 0.75, 0.9: 0.65})
+LOW = dataclasses.replace(WORKLOAD, low=torch.bfloat16)
 
 
 @pytest.fixture
@@ -37,8 +39,8 @@ def workload(monkeypatch):
     return WORKLOAD
 
 
-def trained(variant, steps=2):
-    training = Training(WORKLOAD, variant)
+def trained(variant, steps=2, workload=WORKLOAD):
+    training = Training(workload, variant)
     for _ in range(steps):
         training.step()
     return training
@@ -73,19 +75,21 @@ def test_kept_columns_save_less_at_a_higher_p():
 
 
 @pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
-def test_a_step_matches_the_reference(kind):
-    assert agreement.matches_reference(trained(Variant(kind, 0.7)))
+@pytest.mark.parametrize("workload", [WORKLOAD, LOW], ids=["float32", "bfloat16"])
+def test_a_step_matches_the_reference(kind, workload):
+    assert agreement.matches_reference(trained(Variant(kind, 0.7), workload=workload))
 
 
 @pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
-def test_a_wrong_gradient_does_not(kind, monkeypatch):
-    training = trained(Variant(kind, 0.7))
+@pytest.mark.parametrize(("workload", "factor"), [(WORKLOAD, 1.001), (LOW, 1.1)], ids=["float32", "bfloat16"])
+def test_a_wrong_gradient_does_not(kind, workload, factor, monkeypatch):
+    training = trained(Variant(kind, 0.7), workload=workload)
     cpu = agreement.backends.load("cpu")
     backward = cpu.mix_linear_backward
 
     def wrong(*arguments):
         dx, dw, db = backward(*arguments)
-        return dx, dw * 1.001, db
+        return dx, dw * factor, db
 
     monkeypatch.setattr(cpu, "mix_linear_backward", wrong)
     assert not agreement.matches_reference(training)

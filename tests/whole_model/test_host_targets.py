@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from . import models
 from .transformers_models import MODELS, inputs, make
 
 
-def train(model, x, **options):
-    """Two steps of a copy with a moving target: all that a sampler's layers give."""
+def train(model, x, tracked=True, **options):
+    """Three steps of a copy, with a moving target or without: all that a sampler's layers give."""
     model = copy.deepcopy(model)
     mk.MixSampler(model, seed=3, premix=True, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     mk.decay_to_target(optimizer, model, 0.1)
-    mk.track_targets(optimizer, model, 0.9)
+    if tracked:
+        mk.track_targets(optimizer, model, 0.9)
     results = []
     for _ in range(3):
         results.append(models.run(model, x))
@@ -87,18 +89,59 @@ def test_targets_on_the_host_are_not_moved_with_the_model():
     assert "0.target" not in model.state_dict()
 
 
-def test_copies_pickles_and_plain_models():
-    model = models.with_mixout(models.mlp())
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_copy_is_a_model_without_a_sampler(name, copied):
+    model, x = models.with_mixout(make(name)), inputs(name)
     mk.MixSampler(model, host_targets=True)
-    x = models.random_input()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other[0].target, model[0].target)
-        assert torch.equal(other.eval()(x), model.eval()(x))
-        mk.remove_mixout(other)
-        assert type(other[0]) is nn.Linear
-        assert not hasattr(other[0], "target")
+    other = copied(model)
+    for layer, original in zip(models.mixed_layers(other).values(), models.mixed_layers(model).values(), strict=True):
+        assert torch.equal(layer.get_buffer("target"), original.target)
+    models.run(other, x)
+    mk.MixSampler(other, host_targets=True)
+    models.run(other, x)
+    mk.remove_mixout(other)
+    other.to("meta")
+    assert torch.equal(copied(model).eval()(x), model.eval()(x))
     mk.remove_mixout(model)
-    assert not hasattr(model[0], "target")
+    assert not any(hasattr(module, "target") for module in model.modules())
+
+
+def test_targets_that_are_not_dense():
+    model = models.with_mixout(models.mlp())
+    model[0].target = torch.randn(models.HIDDEN, 2 * models.IN)[:, : models.IN]
+    model[2].target = torch.zeros(1, 1).expand(models.OUT, models.HIDDEN)
+    x = models.random_input()
+    for host, beside in zip(
+        train(model, x, tracked=False, host_targets=True), train(model, x, tracked=False), strict=True
+    ):
+        host.assert_same_bits(beside)
+
+
+def test_decay_has_one_target_of_the_host_on_the_device_at_a_time(monkeypatch):
+    """Not in CPU memory, where .to makes no copies: by dtype, which makes them too."""
+    model = models.with_mixout(models.attention_net(), target_dtype=torch.bfloat16)
+    mk.MixSampler(model, host_targets=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mk.decay_to_target(optimizer, model, 0.1)
+    models.run(model, models.random_input())
+    alive = weakref.WeakSet()
+    most = []
+    to = torch.Tensor.to
+
+    def counted(tensor, *arguments, **options):
+        result = to(tensor, *arguments, **options)
+        if result.dim() == 2 and tensor.dtype == torch.bfloat16:
+            alive.add(result)
+            most.append(len(alive))
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    optimizer.step()
+    assert len(most) == 5
+    assert max(most) <= 2  # the last one's name, and the next one
 
 
 def test_without_premix_there_is_nothing_to_copy_for():

@@ -156,6 +156,13 @@ def test_a_model_with_a_sampler():
         mk.MixSampler(nn.Sequential(model))
 
 
+@pytest.mark.parametrize("options", [{"premix": "x"}, {"host_targets": 2}], ids=str)
+def test_options_must_be_switches(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^MixSampler: {name}: expected True.* or .*, got {value!r}$"):
+        mk.MixSampler(models.with_mixout(models.mlp()), **options)
+
+
 @pytest.mark.parametrize("share_masks", ["query", ["query", "key"]])
 def test_share_masks_must_be_groups(share_masks):
     with pytest.raises(TypeError, match="MixSampler: share_masks: expected groups of names, got the string"):
@@ -167,6 +174,23 @@ def test_a_state_that_is_none(state):
     sampler = mk.MixSampler(models.with_mixout(models.mlp()))
     with pytest.raises(ValueError, match=r"MixSampler\.load_state_dict: state: expected the keys seed and step, got"):
         sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [{"seed": "a", "step": 0}, {"seed": 1, "step": -1}, {"seed": 1, "step": 2.5}])
+def test_a_state_of_something_else(state):
+    sampler = mk.MixSampler(models.with_mixout(models.mlp()), seed=3)
+    with pytest.raises(
+        ValueError, match=r"MixSampler\.load_state_dict: state: expected two 64-bit ints, step >= 0, got"
+    ):
+        sampler.load_state_dict(state)
+    assert sampler.state_dict() == {"seed": 3, "step": 0}
+
+
+def test_it_says_what_it_is():
+    sampler = mk.MixSampler(models.with_mixout(models.attention_net()), seed=3, every=2)
+    assert repr(sampler) == (
+        "MixSampler(5 layers, 3 masks, every=2, premix=None, host_targets=False, {'seed': 3, 'step': 0})"
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"seed": 0.5}, {"share_masks": "query"}])

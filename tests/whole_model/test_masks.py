@@ -250,3 +250,40 @@ def test_a_step_that_gradscaler_skips_draws_no_new_mask(device, optimizer):
         steps += math.isfinite(factor)
         assert sampler.step == steps
         assert (models.seeds_of(model) != seeds) == math.isfinite(factor)
+
+
+@pytest.mark.parametrize("premix", [True, False], ids=["premix", ""])
+def test_one_of_several_optimizers_counts(premix):
+    """And what the others change is mixed all the same."""
+    model, x = models.with_mixout(models.attention_net()), models.random_input()
+    sampler = mk.MixSampler(model, seed=1, every=2, premix=premix)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.05) for part in model]
+    seen = []
+    for k in range(4):
+        assert torch.equal(models.run(model, x).output, models.reference_run(model, x).output)
+        for optimizer in reversed(optimizers):
+            optimizer.step()
+        seen.append(models.seeds_of(model))
+        assert sampler.step == k + 1
+    assert seen[0] != seen[1] == seen[2] != seen[3]
+
+
+def test_a_loop_without_an_optimizer_advances_by_hand():
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    sampler = mk.MixSampler(model, seed=1, premix=True)
+    twin = copy.deepcopy(model)
+    expected = mk.MixSampler(twin, seed=1, premix=True)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for _ in range(3):
+        models.run(model, x).assert_same_bits(models.run(twin, x))
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.data.sub_(parameter.grad, alpha=0.1)  # unseen by autograd's version counter
+        sampler.advance()
+    assert sampler.state_dict() == expected.state_dict() == {"seed": 1, "step": 3}
+
+
+def test_p_0_under_a_sampler_is_the_plain_layer():
+    model, x = models.with_mixout(models.mlp(), p=0.0), models.random_input()
+    mk.MixSampler(model)
+    assert torch.equal(model(x), model.eval()(x))
