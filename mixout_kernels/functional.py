@@ -199,6 +199,8 @@ def keep_mask(seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask 
     """
     _check_probability("keep_mask", p)
     _check_choice("keep_mask", "mask", mask, ("neuron", "weight"))
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"keep_mask: shape: expected a sequence of sizes, got {type(shape).__name__}")
     shape = tuple(shape)
     if not shape or any(not isinstance(n, int) or n < 0 for n in shape):
         raise ValueError(f"keep_mask: shape: expected one or more sizes >= 0, got {shape}")

@@ -123,6 +123,7 @@ KEEP_MASK = [
     ({"p": 2}, ValueError, "p: expected a number in [0, 1], got 2"),
     ({"p": NAN}, ValueError, "p: expected a number in [0, 1], got nan"),
     ({"mask": "column"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'column'"),
+    ({"shape": 10}, TypeError, "shape: expected a sequence of sizes, got int"),
     ({"shape": ()}, ValueError, "shape: expected one or more sizes >= 0, got ()"),
     ({"shape": (3, -1)}, ValueError, "shape: expected one or more sizes >= 0, got (3, -1)"),
     ({"shape": (3, 2.0)}, ValueError, "shape: expected one or more sizes >= 0, got (3, 2.0)"),

@@ -90,6 +90,7 @@ class Report:
                 "that the sampler keeps.",
                 "- The reference check compares all gradients with mixout_kernels.reference under the same masks; a "
                 "step that fails it gets no ratio.",
+                *([] if self.workload.goals else ["- A smoke test on a tiny model: its times say nothing."]),
                 f"- {machine}.",
             ]
         )

@@ -1,8 +1,8 @@
 """C++ kernels for CPU tensors (csrc/cpu).
 
 ``schedule="fused"`` mixes inside the matrix product: float32, on CPUs with AVX-512. "staged" mixes in one vectorised
-pass and leaves the product to the library behind ``F.linear``. Fused was the faster one at every size that was
-measured (docs/performance.md), so it is what "auto" takes where it can.
+pass and leaves the product to the library behind ``F.linear``. Fused was the faster one from four rows on, wherever it
+was measured (docs/performance.md), so it is what "auto" takes where it can.
 """
 
 from __future__ import annotations
