@@ -33,6 +33,9 @@ def parse_settings(arguments: Sequence[str] | None) -> Settings:
     )
     task.add_argument("--train-size", type=count, metavar="ROWS", help="at most (700 sentences; all rows of --csv)")
     task.add_argument("--test-size", type=count, metavar="ROWS", help="at most (1000 sentences; --test-fraction)")
+    task.add_argument(
+        "--validate", action="store_true", help="measure accuracy on training rows held out, to choose --lr or --p by"
+    )
 
     compared = parser.add_argument_group("what is compared")
     compared.add_argument("--variants", nargs="+", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (all)")

@@ -60,7 +60,7 @@ class Task:
     train: Encoded
     test: Encoded
     label_names: list[str]
-    majority_rate: float  # the accuracy on the test split of always naming its most frequent label
+    majority_rate: float  # the accuracy of always naming the most frequent label of the test rows
     description: str
 
 
@@ -96,9 +96,8 @@ def _rows(settings: Settings) -> tuple[list[Row], list[Row], str]:
         rows = read_rows(file, "the pinned sentences", "text", "category", "movie_name")
         rows, dropped = cleaned([row for row in rows if row.label != "plot"])
         train, test = split(rows, settings.test_size or SENTENCES_TEST_SIZE, settings.seed)
-        train = sample(train, settings.train_size or SENTENCES_TRAIN_SIZE, settings.seed)
         where = f"rotten-tomatoes sentences ({len(rows)} without {dropped} duplicates), no movie in both splits"
-        return train, test, _description(train, test, where)
+        return _held_out(train, test, where, settings, settings.train_size or SENTENCES_TRAIN_SIZE)
 
     columns = (settings.text_column, settings.label_column, settings.group_column)
     rows, dropped = cleaned(read_file(settings.csv, *columns))
@@ -114,12 +113,17 @@ def _rows(settings: Settings) -> tuple[list[Row], list[Row], str]:
         tested = {row.text for row in test}
         train = [row for row in rows if row.text not in tested]
         where = f"{where}, test split from {settings.test_csv}"
-    train = sample(train, settings.train_size, settings.seed)
-    return train, test, _description(train, test, where)
+    return _held_out(train, test, where, settings, settings.train_size)
 
 
-def _description(train: list[Row], test: list[Row], where: str) -> str:
-    return f"{len(train)} training and {len(test)} test rows of {where}"
+def _held_out(
+    train: list[Row], test: list[Row], where: str, settings: Settings, train_size: int | None
+) -> tuple[list[Row], list[Row], str]:
+    """For validation, rows of the training split take the place of the test split, which nobody then looks at."""
+    if settings.validate:
+        train, test = split(train, len(test), settings.seed + 1)
+    train = sample(train, train_size, settings.seed)
+    return train, test, f"{len(train)} training and {len(test)} {settings.held_out} rows of {where}"
 
 
 def read_file(path: Path, text_column: str, label_column: str, group_column: str | None) -> list[Row]:

@@ -17,11 +17,12 @@ matplotlib.use("Agg")
 GREY, ORANGE, BLUES = "#8c8c8c", "#e69f00", ("#0072b2", "#56b4e9", "#004c78", "#9ad0f5")
 
 
-def save_plot(path: Path, title: str, summaries: Sequence[Summary], majority_rate: float) -> None:
+def save_plot(path: Path, title: str, summaries: Sequence[Summary], majority_rate: float, held_out: str) -> None:
     figure = Figure(figsize=(12, 1.9 + 0.55 * len(summaries)), layout="constrained", dpi=130)
     accuracy, time, memory = figure.subplots(1, 3, sharey=True, width_ratios=(1.25, 1, 1))
     colours = _colours(summaries)
     _draw_accuracy(accuracy, summaries, colours, majority_rate)
+    accuracy.set_xlabel(f"{held_out} accuracy, % (dots: restarts, bar: mean)")
     _draw_bars(time, summaries, colours, lambda s: (s.step_ms, s.step_ratio), "milliseconds a step (median)")
     _draw_bars(memory, summaries, colours, lambda s: (s.memory_mib, s.memory_ratio), "peak memory, MiB")
     figure.suptitle(title, fontsize=11)
@@ -48,7 +49,6 @@ def _draw_accuracy(axes: Axes, summaries: Sequence[Summary], colours: Sequence[s
             axes.annotate(
                 f"{summary.mean:.1%}", (100 * summary.mean, place - 0.33), ha="center", va="bottom", fontsize=9
             )
-    axes.set_xlabel("test accuracy, % (dots: restarts, bar: mean)")
     axes.legend(loc="lower left", fontsize=8, frameon=False)
     _tidy(axes)
 

@@ -44,7 +44,7 @@ class Report:
         with _written_at_once(folder / "report.md") as path:
             path.write_text(self.markdown(), encoding="utf-8")
         with _written_at_once(folder / "report.png") as path:
-            save_plot(path, self.title(), self.summaries(), self.task.majority_rate)
+            save_plot(path, self.title(), self.summaries(), self.task.majority_rate, self.settings.held_out)
 
     def title(self) -> str:
         steps = total_steps(self.settings, len(self.task.train))
@@ -103,8 +103,8 @@ class Report:
             f"- Task: {task.description}; labels: {', '.join(task.label_names)}.",
             f"- Dropout: the rates of the checkpoint, and weight decay {settings.weight_decay:g}. Mixout replaces "
             f"both{''.join(f'; mask={mask!r}' for mask in masks)}.",
-            "- Accuracy on the test split: mean, maximum and sample standard deviation over restarts. Degenerate: "
-            f"failed, or not above {task.majority_rate:.1%}, the share of the most frequent label.",
+            f"- Accuracy on the {settings.held_out} split: mean, maximum and sample standard deviation over restarts. "
+            f"Degenerate: failed, or not above {task.majority_rate:.1%}, the share of the most frequent label.",
             "- Milliseconds: median over all steps but the first of each restart; forward, backward and optimizer.",
             "- Peak MiB: rise of the resident memory of a fresh process that trains this variant alone, from "
             "before its model is loaded.",

@@ -61,6 +61,7 @@ class Settings:
     test_fraction: float = 0.2
     train_size: int | None = None
     test_size: int | None = None
+    validate: bool = False  # on rows held out from training, not on the test split
     variants: tuple[Variant, ...] = ()
     restarts: int = 3
     epochs: int = 3
@@ -74,3 +75,8 @@ class Settings:
     warmup: float = 0.1
     seed: int = 0
     output: Path = Path("results/finetune")
+
+    @property
+    def held_out(self) -> str:
+        """The split that accuracies are of."""
+        return "validation" if self.validate else "test"

@@ -139,6 +139,17 @@ def test_texts_of_a_given_test_split_are_not_trained_on(
     assert not texts(task.train) & texts(task.test)
 
 
+def test_validation_looks_at_training_rows_only(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = dataclasses.replace(settings, group_column="film")
+    task, validation = (load_task(dataclasses.replace(settings, validate=flag), tokenizer) for flag in (False, True))
+    assert len(validation.test) == len(task.test) == 12
+    assert len(validation.train) == len(task.train) - 12
+    assert texts(validation.train) | texts(validation.test) == texts(task.train)
+    assert not texts(validation.train) & texts(validation.test)
+    assert "36 training and 12 validation rows" in validation.description
+    assert "48 training and 12 test rows" in task.description
+
+
 def test_the_pinned_sentences_without_plots_and_leaks(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
