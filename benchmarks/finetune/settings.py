@@ -68,8 +68,8 @@ class Settings:
     steps: int | None = None  # takes the place of epochs
     batch_size: int = 16
     max_length: int = 32
-    # By --validate, three restarts of dropout, mixout p = 0.7 and p = 0.9: 82.1, 81.0 and 62.0 % at 5e-5; 81.4, 82.2 and
-    # 73.7 % at 1e-4; 81.0, 81.1 and 81.7 % at 2e-4, the best mean of the three. Within three epochs p = 0.9 needs it.
+    # By --validate, three restarts of dropout, mixout p = 0.7 and p = 0.9: 82.1, 81.0 and 62.0 % at 5e-5; 81.4, 82.2
+    # and 73.7 % at 1e-4; 81.0, 81.1 and 81.7 % at 2e-4, the best mean. Within three epochs p = 0.9 needs it.
     lr: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
