@@ -89,7 +89,8 @@ def apply_mixout(
         disable_dropout: set the rate of every dropout in the model to 0 (mixout replaces it, paper section 6.1):
             ``nn.Dropout`` modules, and float attributes of modules whose name contains "dropout".
         targets: other targets than the present weights: a state_dict, or the path of a checkpoint (a .safetensors file,
-            a ``torch.save`` file, or a folder with ``model.safetensors``), with the names of this model.
+            a ``torch.save`` file, or a folder with ``model.safetensors``), with the names of this model or, as
+            transformers saves a model without its head, without its ``base_model_prefix``.
         target_dtype: None keeps the targets in their parameter's dtype; ``torch.bfloat16`` halves a float32 model's.
 
     Returns:
@@ -122,7 +123,8 @@ def apply_mixout(
             f"exclude={exclude!r}, got {len(linears)} linear layers: {', '.join(linears[:8]) or 'none'}"
         )
 
-    frozen = _frozen_targets(matched, targets, target_dtype, p, mask)
+    base_prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    frozen = _frozen_targets(matched, targets, target_dtype, p, mask, base_prefix)
     replacements: dict[int, nn.Module] = {}
     for name, parent, attribute, module in matched:
         if id(module) not in replacements:
@@ -153,6 +155,7 @@ def _frozen_targets(
     dtype: torch.dtype | None,
     p: float,
     mask: Mask,
+    base_prefix: str,
 ) -> dict[int, Tensor]:
     """One frozen target for each distinct weight, by the weight's id."""
     state = _read_checkpoint(Path(source)) if isinstance(source, (str, Path)) else source
@@ -163,7 +166,10 @@ def _frozen_targets(
             continue
         key = f"{name}.weight"
         if state is not None and key not in state:
-            raise ValueError(f"apply_mixout: targets: expected an entry {key!r}, got {len(state)} others")
+            base_key = key.removeprefix(base_prefix)
+            if base_key not in state:
+                raise ValueError(f"apply_mixout: targets: expected an entry {key!r}, got {len(state)} others")
+            key = base_key
         origin = weight if state is None else state[key]
         # Copied, and only then cast: .to() of the same dtype would alias the weight or the caller's tensor.
         target = frozen_copy(origin).to(device=weight.device, dtype=dtype or weight.dtype)

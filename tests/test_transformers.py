@@ -143,3 +143,20 @@ def test_albert_layers_are_one_module_for_all_layers():
     layers = [name for name in report.mixed if "albert_layers" in name]
     assert len(layers) == 6
     assert all(".0.albert_layers.0." in name for name in layers)
+
+
+def test_a_resumed_run_takes_its_targets_from_the_pretrained_checkpoint(model, tmp_path):
+    """As transformers saves it: with the head, and without, where the names lack the prefix of the base model."""
+    pretrained = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path / "whole")
+    model.base_model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    for folder in ("whole", "base"):
+        report = mk.apply_mixout(model, p=0.7, targets=tmp_path / folder)
+        for name in report.mixed:
+            assert torch.equal(model.get_submodule(name).target, pretrained[f"{name}.weight"]), name
+        mk.remove_mixout(model)
+    with pytest.raises(ValueError, match=r"^apply_mixout: targets: expected an entry '.*\.weight', got 1 others$"):
+        mk.apply_mixout(model, p=0.7, targets={"other": torch.zeros(1)})
