@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from . import backends, host_memory
@@ -257,6 +258,7 @@ class _Slot:
         self.dtype: torch.dtype | None = None  # the compute dtype of the last forward
         self.mixed: Tensor | None = None
         self.made_from: tuple[Any, ...] = ()
+        self.storages: list[StorageWeakRef] = []
 
     def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         layer, sampler = self.layer, self.sampler
@@ -289,9 +291,11 @@ class _Slot:
     def _origin(self, dtype: torch.dtype | None) -> tuple[Any, ...]:
         """Changes when Phi must be made anew: the weight or the target was loaded, moved, stepped or tracked."""
         layer = self.layer
-        tensors = (layer.weight, layer.target)
-        versions = tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
+        versions = tuple((t.untyped_storage()._cdata, t.data_ptr(), t._version) for t in self._sources())
         return dtype, layer.p, layer.mask, versions
+
+    def _sources(self) -> list[Tensor]:
+        return [tensor for tensor in (self.layer.weight, self.layer.target) if tensor is not None]
 
     def operands(self, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight and target as ``[out, in]``."""
@@ -306,6 +310,9 @@ class _Slot:
         With target zero and a neuron mask it does not: the products then need the kept columns alone.
         """
         self.made_from = self._origin(self.dtype)
+        # An address alone proves nothing: .bfloat16() and .float() in a row may end where they began. While a storage
+        # is weakly referred to, no other one gets its identity.
+        self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in self._sources()]
         weight, target = self.operands(self.layer.target)
         zero_columns = target is None and self.layer.mask == "neuron"
         backend = "reference"

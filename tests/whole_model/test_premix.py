@@ -167,6 +167,14 @@ def reload_half(model):
     model.float()
 
 
+def reload_half_at_the_old_address(model):
+    """What reload_half does when the allocator gives the memory that it has just taken back: a new storage there."""
+    for layer in models.mixed_layers(model).values():
+        memory = layer.weight.detach().numpy()
+        memory[:] = layer.weight.detach().bfloat16().float().numpy()
+        layer.weight.data = torch.from_numpy(memory)
+
+
 EDITS = [
     load_state_dict,
     load_by_assignment,
@@ -176,6 +184,7 @@ EDITS = [
     replace_a_target,
     edit_a_target,
     reload_half,
+    reload_half_at_the_old_address,
 ]
 
 
