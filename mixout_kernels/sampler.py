@@ -311,8 +311,9 @@ class _Slot:
         """
         self.made_from = self._origin(self.dtype)
         # An address alone proves nothing: .bfloat16() and .float() in a row may end where they began. While a storage
-        # is weakly referred to, no other one gets its identity.
-        self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in self._sources()]
+        # is weakly referred to, no other one gets its identity. (A traced optimizer hook cannot make such references.)
+        if not torch.compiler.is_compiling():
+            self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in self._sources()]
         weight, target = self.operands(self.layer.target)
         zero_columns = target is None and self.layer.mask == "neuron"
         backend = "reference"
