@@ -17,7 +17,8 @@ from mixout_kernels import _extension
 
 PACKAGE = Path(mixout_kernels.__file__).parent
 
-# One layer, all it computes compared with the reference, and every warning on the way.
+# One layer, all it computes compared with the reference, and every warning on the way. Small integers and p = 0.5:
+# every sum is exact, so each backend must give the reference's bits, in whatever order it adds.
 LAYER = """
 import json, sys, warnings
 # An editable install finds the extension in the source tree, whatever folder the package itself comes from.
@@ -25,7 +26,9 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(fin
 import torch
 import mixout_kernels as mk
 
-x, w, u = torch.randn(5, 20), torch.randn(7, 20, requires_grad=True), torch.randn(7, 20)
+torch.manual_seed(0)
+x, w, u = (torch.randint(-9, 10, shape).float() for shape in ((5, 20), (7, 20), (7, 20)))
+w.requires_grad_()
 def gradients(backend):
     y = mk.mix_linear(x, w, u, p=0.5, seed=3, backend=backend)
     return [y.detach(), *torch.autograd.grad(y.sum(), w), mk.mixout(w, u, p=0.5, seed=3, backend=backend).detach()]
@@ -44,7 +47,6 @@ with warnings.catch_warnings(record=True) as said:
 expected = gradients("reference")
 print(json.dumps({
     "equal": all(map(torch.equal, first, expected)) and all(map(torch.equal, second, expected)),
-    "close": all(map(torch.allclose, first, expected)),
     "mask": torch.equal(mask, mk.reference.keep_mask(3, p=0.5, shape=(7, 20))),
     "warnings": [str(warning.message) for warning in said if "mixout_kernels" in str(warning.message)],
     "file": mk.__file__,
@@ -126,11 +128,10 @@ def test_with_an_extension_that_does_not_load(copied, extension_file):
 def test_with_triton_blocked():
     code = "import sys; sys.modules['triton'] = None\n" + LAYER
     report = json.loads(run(code, path=PACKAGE.parent))
-    assert report["close"]
+    assert report["equal"]
     assert report["mask"]
     assert report["triton"].startswith("RuntimeError: backend='triton' was asked for, but ")
     if _extension.load()[0] is not None:
-        assert report["equal"] is False or report["warnings"] == []
         assert report["cpu"] is None
         assert report["warnings"] == []
 
