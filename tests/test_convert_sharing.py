@@ -112,7 +112,7 @@ def test_parameter_hooks_and_optimizer_still_fit():
     seen = []
     model[0].weight.register_hook(lambda gradient: seen.append(gradient.shape))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    mk.apply_mixout(model, p=0.5)
+    mk.apply_mixout(model, p=0.1)  # of 4 columns: with p = 0.5 one draw in 16 keeps none
     before = model[0].weight.clone()
     exercise(model)
     optimizer.step()
