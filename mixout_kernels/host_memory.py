@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .modules import MixConv1D, MixLinear
+from .modules import MixConv1D, MixLinear, put_target_beside_weight
 
 # A piece's copy must take longer than starting it (10 us against a millisecond at 50 GB/s), and two pieces lie on the
 # device at a time.
@@ -35,13 +35,7 @@ def to_device(layers: Sequence[MixLinear | MixConv1D]) -> None:
     """Undoes :func:`to_host`: buffers again, on the devices of their weights."""
     moved: dict[tuple[int, torch.device], Tensor] = {}
     for layer in layers:
-        target = layer.__dict__.pop("target")
-        if target is not None:
-            key = id(target), layer.weight.device
-            if key not in moved:
-                moved[key] = target.to(layer.weight.device)
-            target = moved[key]
-        layer.register_buffer("target", target, persistent=False)
+        put_target_beside_weight(layer, moved)
 
 
 def beside(weight: Tensor, target: Tensor | None) -> Tensor | None:

@@ -79,7 +79,7 @@ class MixLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _keep_target_beside_weight(self)
+        put_target_beside_weight(self, {})
 
 
 class MixConv1D(nn.Module):
@@ -122,7 +122,7 @@ class MixConv1D(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _keep_target_beside_weight(self)
+        put_target_beside_weight(self, {})
 
 
 def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
@@ -145,6 +145,22 @@ def shallow_copy(module: nn.Module, cls: type[Any]) -> Any:
     return copy
 
 
+def put_target_beside_weight(module: MixLinear | MixConv1D, moved: dict[tuple[int, torch.device], Tensor]) -> None:
+    """Makes a target that a sampler keeps in host memory a buffer again, on the device of the weight.
+
+    ``moved`` has the targets that were moved before: tied layers keep sharing one.
+    """
+    if "target" not in module.__dict__:
+        return
+    target = module.__dict__.pop("target")
+    if target is not None:
+        key = id(target), module.weight.device
+        if key not in moved:
+            moved[key] = target.to(module.weight.device)
+        target = moved[key]
+    module.register_buffer("target", target, persistent=False)
+
+
 def frozen_copy(weight: Tensor) -> Tensor:
     return weight.detach().clone(memory_format=torch.preserve_format)
 
@@ -153,14 +169,6 @@ def _set_mixout(module: MixLinear | MixConv1D, weight: Tensor, p: float, target:
     check_mixout(type(module).__name__, weight, target, p, mask)
     module.p, module.mask = p, mask
     module.register_buffer("target", target, persistent=False)
-
-
-def _keep_target_beside_weight(module: MixLinear | MixConv1D) -> None:
-    """For a copy, which has no sampler, of a layer whose target a sampler keeps in host memory."""
-    if "target" in module.__dict__:
-        target = module.__dict__.pop("target")
-        target = None if target is None else target.to(module.weight.device)
-        module.register_buffer("target", target, persistent=False)
 
 
 def _mixout_repr(module: MixLinear | MixConv1D) -> str:
