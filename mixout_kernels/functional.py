@@ -106,8 +106,8 @@ def sampled_linear(
     dtype = compute_dtype(input)
     if input.dtype != dtype:
         input = input.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
+    if bias is not None:
+        bias = bias.to(dtype).contiguous()  # a fused product reads it by its address
     target_dtype = weight.dtype if target is None else target.dtype
     chosen = _choose(backend, schedule, device, weight.dtype, target_dtype, dtype)
     if chosen == "reference":

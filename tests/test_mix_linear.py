@@ -160,6 +160,30 @@ def test_paper_gradient_is_1_minus_p_times_the_true_one(any_case, mask, p):
 
 
 @pytest.mark.parametrize("mask", MASKS)
+def test_strided_biases(any_case, mask):
+    for view in (lambda b: torch.stack([b, b + 1], dim=1)[:, 0], lambda b: b[:1].expand(b.shape)):
+        problem = budget.random_problem((8,), 48, 32, device=any_case.device, mask=mask)
+        problem.b = view(problem.b)
+        assert_in_budget(problem, any_case)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("rows", [(), (6,), (2, 3)], ids=str)
+def test_the_output_can_be_modified_in_place(any_case, mask, rows):
+    """``nn.Linear`` before ``nn.ReLU(inplace=True)``, or ``h = layer(x); h += residual``."""
+    problem = budget.random_problem(rows, 48, 32, device=any_case.device, mask=mask)
+    for schedule in any_case.schedules():
+        gradients = []
+        for in_place in (True, False):
+            x, w, b = budget.leaves(problem)
+            y = mk.mix_linear(x, w, problem.u, b, p=0.5, mask=mask, seed=3, backend=any_case.backend, schedule=schedule)
+            z = y.mul_(2).relu_() if in_place else (y * 2).relu()
+            gradients.append((z.detach(), *torch.autograd.grad(z, (x, w, b), problem.g)))
+        for ours, expected in zip(*gradients, strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_the_same_seed_gives_the_same_bits(any_case, mask):
     problem = budget.random_problem((40,), 100, 63, device=any_case.device, mask=mask)
     for schedule in any_case.schedules():

@@ -10,6 +10,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
@@ -317,7 +318,8 @@ std::tuple<Tensor, Tensor> mix_linear(
   const MixedWeight phi{weight, target, mixed, seed_value(seed), p, per_weight, fits ? &columns : nullptr};
   const Tensor y = forward_product(fits ? kept_input.narrow(1, 0, columns.kept) : x, phi, bias, fused);
   if (per_weight || saved_columns == 0) kept_input = at::empty({x.size(0), 0}, x.options());
-  return {y.view(with_last(input.sizes(), weight.size(0))), kept_input};
+  // Not a view: autograd forbids in-place operations, as of a ReLU(inplace=True), on a view that a Function returns.
+  return {at::_unsafe_view(y, with_last(input.sizes(), weight.size(0))), kept_input};
 }
 
 std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(

@@ -1,6 +1,8 @@
 // The Python module mixout_kernels._cuda: launches over addresses and sizes. It knows no torch type, so it outlives
 // torch upgrades; what must match is the major version of the CUDA runtime.
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -38,6 +40,17 @@ Mask mask_of(const MaskArguments& mask) { return {pointer<const int64_t>(std::ge
 #define MIXOUT_TEXT(value) MIXOUT_TEXT_OF(value)
 // Read out of the file by _extension.py, which must know the version also when the library cannot be loaded.
 [[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for CUDA " MIXOUT_TEXT(CUDART_VERSION);
+
+// Zeros on the current device, which are never given back.
+Address allocate_counters(int64_t count, Address stream) {
+  const size_t bytes = count * sizeof(uint32_t);
+  void* memory = nullptr;
+  cudaError_t error = cudaMalloc(&memory, bytes);
+  if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(pointer(stream)));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("mixout_kernels: counters of a product: ") + cudaGetErrorString(error));
+  return reinterpret_cast<Address>(memory);
+}
 #endif
 
 }  // namespace
@@ -116,7 +129,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       py::arg("features_are_outputs"), py::arg("per_weight"), py::arg("plan"), py::arg("w_type"), py::arg("u_type"),
       py::arg("x_type"), py::arg("partial"), py::arg("arrivals"), py::arg("stream"));
 
-#if defined(MIXOUT_HOST_EMULATION)
+#if !defined(MIXOUT_HOST_EMULATION)
+  module.def("allocate_counters", &allocate_counters, py::arg("count"), py::arg("stream"));
+#else
   module.def(
       "emulate",
       [](bool descending, int shared_bytes) { emulation::options = {descending, shared_bytes}; },

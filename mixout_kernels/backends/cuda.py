@@ -127,13 +127,15 @@ def mix_linear(
         y = F.linear(x, mixed, bias)
     elif p == 1:
         y = F.linear(x, _nothing_kept(weight, target, x.dtype), bias)
-    elif _is_fused(x, weight, schedule):
+    elif _is_fused(x, weight, target, schedule):
         y = _mix_product(x, weight, target, bias, seed, p, mask, features_are_outputs=False)
     else:
         y = F.linear(x, _mixed_weight(weight, target, seed, p, mask, x.dtype), bias)
     if saved_columns is None:
         saved_columns = 0 if mask == "weight" else int(keep_mask(seed, p, weight.shape, mask).sum())
-    return y.view(*input.shape[:-1], weight.shape[0]), _gather_kept(x, seed, p, saved_columns)
+    # Not a view: autograd forbids in-place operations, as of a ReLU(inplace=True), on a view that a Function returns.
+    y = torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], weight.shape[0]))
+    return y, _gather_kept(x, seed, p, saved_columns)
 
 
 def mix_linear_backward(
@@ -156,7 +158,7 @@ def mix_linear_backward(
             dx = torch.mm(g, mixed)
         elif p == 1:
             dx = torch.mm(g, _nothing_kept(weight, target, g.dtype))
-        elif _is_fused(g, weight, schedule):
+        elif _is_fused(g, weight, target, schedule):
             dx = _mix_product(g, weight, target, None, seed, p, mask, features_are_outputs=True)
         else:
             dx = torch.mm(g, _mixed_weight(weight, target, seed, p, mask, g.dtype))
@@ -171,12 +173,22 @@ def mix_linear_backward(
 # --- the products -----------------------------------------------------------------------------------------------------
 
 
-def _is_fused(x: Tensor, weight: Tensor, schedule: str) -> bool:
+# float32 goes past the tensor cores: at 60 TFLOP/s and 4.3 TB/s a product of more rows takes longer than the bytes of w
+# and u. Arithmetic, not yet a measurement.
+_FUSED_MAX_ROWS_FLOAT32 = 64
+
+
+def _is_fused(x: Tensor, weight: Tensor, target: Tensor | None, schedule: str) -> bool:
     if 0 in (*x.shape, *weight.shape):
         return False
-    # Rows that do not start on 16 bytes are copied element by element, without cp.async.
-    if schedule == "auto" and (x.shape[1] % 8 or weight.shape[0] % 8 or weight.shape[1] % 8):
-        return False
+    if schedule == "auto":
+        # Rows that do not start on 16 bytes are copied element by element, without cp.async.
+        sizes = (x.shape[1], *weight.shape)
+        addresses = (x.data_ptr(), weight.data_ptr(), _address(target))
+        if any(n % 8 for n in sizes) or any(address % 16 for address in addresses):
+            return False
+        if x.dtype == torch.float32 and x.shape[0] > _FUSED_MAX_ROWS_FLOAT32:
+            return False
     return choose(x.shape[0], schedule) == "fused"
 
 
@@ -274,7 +286,7 @@ def _weight_gradient(
 
 def _gather_kept(x: Tensor, seed: Tensor, p: float, capacity: int) -> Tensor:
     compact = x.new_empty(x.shape[0], capacity)
-    if p == 1:
+    if p == 1 or capacity == 0:
         return compact.zero_()
     with _on(x):
         _loaded.gather_kept(
@@ -357,11 +369,18 @@ def _type(t: Tensor) -> Any:
 
 
 def _on(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if EMULATED else torch.cuda.device(t.device)
+    """Kernels start on the current device, which need not be the tensor's."""
+    if EMULATED or t.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)
 
 
 def _stream(t: Tensor) -> int:
-    return 0 if EMULATED else torch.cuda.current_stream(t.device).cuda_stream
+    return 0 if EMULATED else _raw_stream(t.device)
+
+
+def _raw_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache
@@ -377,7 +396,16 @@ def _arrivals(device: torch.device, count: int) -> Tensor:
     """Counters that are zero. The kernels leave them so, hence the launches of one stream share them."""
     if EMULATED or torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: its own counters
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    key = device, _raw_stream(device)
     if key not in _kept_arrivals or _kept_arrivals[key].numel() < count:
-        _kept_arrivals[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        _kept_arrivals[key] = torch.as_tensor(_Counters(max(count, 1024), key[1]), device=device)
     return _kept_arrivals[key]
+
+
+class _Counters:
+    """Zeros that stay for good, not from torch's allocator: while Inductor warms a CUDA graph up, that one hands out
+    memory of the graph, and nothing but the graph's own outputs may keep it."""
+
+    def __init__(self, count: int, stream: int) -> None:
+        address = _loaded.allocate_counters(count, stream)
+        self.__cuda_array_interface__ = {"shape": (count,), "typestr": "<i4", "data": (address, False), "version": 2}

@@ -30,7 +30,9 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **option
 
 def _current_device(tensor: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @functools.cache

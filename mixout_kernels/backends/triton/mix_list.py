@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .launch import launch
 from .mask import threshold_argument
@@ -22,8 +23,10 @@ from .mix import WARPS, mix_into, mix_tile, tile_shape
 _NEVER = 2**62  # the first tile of an unused slot
 # A weight in the table: first tile, addresses of w, u and Phi, rows, columns, index of its seed.
 _Entry = tuple[int, int, int, int, int, int, int]
-# The tables that a CUDA graph copies: a replay reads them again.
+# The tables that a CUDA graph copies: a replay reads them again. torch captures copies from pinned memory alone since
+# 2.11, which is also the first version that can pin memory during a capture.
 _captured: list[Tensor] = []
+_PINNED_IN_CAPTURE = TorchVersion(torch.__version__) >= "2.11.0a0"
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -128,7 +131,8 @@ def _device_table(entries: tuple[_Entry, ...], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return _host_table(entries)
     if torch.cuda.is_current_stream_capturing():  # the copy happens at replay: nobody else may rely on it
-        _captured.append(_host_table(entries))  # not pinned: before torch 2.11, pin_memory() breaks a capture
+        table = _host_table(entries)
+        _captured.append(table.pin_memory() if _PINNED_IN_CAPTURE else table)
         return _captured[-1].to(device, non_blocking=True)
     return _cached_table(entries, device, torch.cuda.current_stream(device))
 
