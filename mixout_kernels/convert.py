@@ -144,9 +144,14 @@ def apply_mixout(
 
 def _keep_targets_out_of_ddp(model: nn.Module) -> None:
     """DistributedDataParallel broadcasts every buffer in every forward; the targets are equal on all ranks already."""
-    names = {f"{name}.target" for name, module in model.named_modules() if isinstance(module, (MixLinear, MixConv1D))}
+    names = _ddp_names(name for name, module in model.named_modules() if isinstance(module, (MixLinear, MixConv1D)))
     ignored = set(getattr(model, _DDP_IGNORED, ()))
     setattr(model, _DDP_IGNORED, [*(ignored - names), *sorted(names)])
+
+
+def _ddp_names(layers: Iterable[str]) -> set[str]:
+    """Of their targets, in the model and in torch.compile(model), which DDP may be given."""
+    return {f"{prefix}{name}.target" for name in layers for prefix in ("", "_orig_mod.")}
 
 
 def _frozen_targets(
@@ -214,7 +219,7 @@ def remove_mixout(model: nn.Module) -> None:
         if id(mixed) not in plain:
             plain[id(mixed)] = to_plain(mixed)
         setattr(parent, attribute, plain[id(mixed)])
-    gone = {f"{name}.target" for name, _, _, _ in matched}
+    gone = _ddp_names(name for name, _, _, _ in matched)
     ignored = [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone]
     if ignored:
         setattr(model, _DDP_IGNORED, ignored)

@@ -101,29 +101,30 @@ class MixSampler:
         self.host_targets = host_targets
         self.draws = 0  # how often seeds were drawn, for what must not outlive a draw
         self._base = _base_seed(seed, same_on_all_ranks)
-        self._step = torch.zeros(1, dtype=torch.int64)
-        self._offsets = torch.arange(1 + max(groups.values()))
-        self._seeds = torch.empty_like(self._offsets)
+        self._masks = 1 + max(groups.values())
+        self._counters: dict[torch.device, _Counter] = {}
         shared = {number: _SharedInput(list(groups.values()).count(number)) for number in set(groups.values())}
         self._slots = [_Slot(self, layer, groups[name], shared[groups[name]]) for name, layer in layers.items()]
-        self.place(next(iter(layers.values())).weight.device)
+        self.place()
         if host_targets:
             host_memory.to_host(list(layers.values()))
         for slot in self._slots:
             slot.layer.slot = slot
-        self._hook = register_optimizer_step_post_hook(_call_weakly(self._after_step))
+        # Not traced into a compiled optimizer step, where neither addresses nor versions can be looked at.
+        hook = torch.compiler.disable(_call_weakly(self._after_step))
+        self._hook = register_optimizer_step_post_hook(hook)
         weakref.finalize(self, self._hook.remove)
 
     def __repr__(self) -> str:
         return (
-            f"MixSampler({len(self._slots)} layers, {self._offsets.numel()} masks, every={self.every}, "
+            f"MixSampler({len(self._slots)} layers, {self._masks} masks, every={self.every}, "
             f"premix={self.premix}, host_targets={self.host_targets}, {self.state_dict()})"
         )
 
     @property
     def step(self) -> int:
         """Optimizer steps so far (reads the device)."""
-        return int(self._step.item())
+        return int(next(iter(self._counters.values())).step.item())
 
     @property
     def extra_bytes(self) -> int:
@@ -139,7 +140,8 @@ class MixSampler:
         if not (_is_64_bits(state["seed"]) and _is_64_bits(state["step"]) and state["step"] >= 0):
             raise ValueError(f"MixSampler.load_state_dict: state: expected two 64-bit ints, step >= 0, got {state!r}")
         self._base = state["seed"]
-        self._step.fill_(state["step"])
+        for counter in self._counters.values():
+            counter.step.fill_(state["step"])
         self._draw()
         self.mix(self._slots)
 
@@ -154,7 +156,8 @@ class MixSampler:
 
     def advance(self, steps: int | Tensor = 1) -> None:
         """Counts ``steps`` optimizer steps and mixes anew; ``torch.optim`` optimizers do this by themselves."""
-        self._step.add_(steps)
+        for device, counter in self._counters.items():
+            counter.step.add_(steps.to(device) if isinstance(steps, Tensor) else steps)
         self._draw()
         self.mix(self._slots)
 
@@ -167,32 +170,32 @@ class MixSampler:
         elif any(id(weight) in held for weight in weights):
             self.mix(self._slots)  # another optimizer of the same model: its weights have changed, not the step
 
-    def place(self, device: torch.device) -> None:
-        """Moves the counter and the seeds to the device of the model."""
-        self._step, self._offsets, self._seeds = (t.to(device) for t in (self._step, self._offsets, self._seeds))
+    def place(self) -> None:
+        """A counter, and seeds, on each device that holds a layer: again when the model was moved."""
+        step = next(iter(self._counters.values())).step if self._counters else torch.zeros(1, dtype=torch.int64)
+        devices = dict.fromkeys(slot.layer.weight.device for slot in self._slots)
+        self._counters = {d: self._counters.get(d) or _Counter(step.to(d), self._masks) for d in devices}
         for slot in self._slots:
-            slot.seed = self._seeds[slot.group : slot.group + 1]
+            slot.seed = self._counters[slot.layer.weight.device].seeds[slot.group : slot.group + 1]
         self._draw()
 
     def _draw(self) -> None:
-        """Seeds of the present step. Distinct Philox keys give independent streams, so consecutive keys will do.
-
-        On the device and in place, so that in a captured CUDA graph every replay draws its own masks.
-        """
-        draws = self._step * 0 if self.every == math.inf else self._step // int(self.every)
-        torch.add(self._offsets, draws * self._offsets.numel() + self._base, out=self._seeds)
+        """Seeds of the present step. Distinct Philox keys give independent streams, so consecutive keys will do."""
+        for counter in self._counters.values():
+            counter.draw(self._base, self.every)
         self.draws += 1
 
     def mix(self, slots: Iterable[_Slot]) -> None:
-        """Writes Phi of these layers, one launch for each p, mask and backend."""
+        """Writes Phi of these layers, one launch for each p, mask, backend and device."""
         # Phi made in inference mode could never be saved for backward.
         with torch.inference_mode(False), torch.no_grad():
-            batches: dict[tuple[float, str, str], list[_Slot]] = {}
+            batches: dict[tuple[float, str, str, torch.device], list[_Slot]] = {}
             for slot in slots:
                 backend = slot.prepare()
                 if backend is not None:
-                    batches.setdefault((slot.layer.p, slot.layer.mask, backend), []).append(slot)
-            for (p, mask, backend), batch in batches.items():
+                    kind = slot.layer.p, slot.layer.mask, backend, slot.layer.weight.device
+                    batches.setdefault(kind, []).append(slot)
+            for (p, mask, backend, _), batch in batches.items():
                 for piece, targets in self._pieces(batch):
                     mixed = [slot.mixed for slot in piece if slot.mixed is not None]
                     operands = [slot.operands(target) for slot, target in zip(piece, targets, strict=True)]
@@ -213,8 +216,24 @@ class MixSampler:
         yield from zip([batch[cut] for cut in cuts], present, strict=True)
 
 
+class _Counter:
+    """Optimizer steps so far, and the seeds of all masks, on one device."""
+
+    def __init__(self, step: Tensor, masks: int) -> None:
+        self.step = step
+        self.offsets = torch.arange(masks, device=step.device)
+        # 16 bytes apart: Triton compiles a kernel once more for pointers that are not aligned so.
+        self.seeds = torch.empty(2 * masks, dtype=torch.int64, device=step.device)[::2]
+
+    def draw(self, base: int, every: float) -> None:
+        """On the device and in place, so that in a captured CUDA graph every replay draws its own masks."""
+        draws = self.step * 0 if every == math.inf else self.step // int(every)
+        torch.add(self.offsets, draws * self.offsets.numel() + base, out=self.seeds)
+
+
 class _SharedInput:
-    """x[:, kept] that the first of some siblings has gathered, for the others to save.
+    """What the first of some siblings made of their input, for the others: its cast to the compute dtype, and
+    x[:, kept].
 
     Held until all have read it, or the input is gone.
     """
@@ -223,26 +242,32 @@ class _SharedInput:
         self.siblings = siblings
         self.key: tuple[Any, ...] = ()
         self.input: weakref.ref[Tensor] | None = None
+        self.cast: Tensor | None = None
         self.kept: Tensor | None = None
         self.readers = 0
 
-    def get(self, input: Tensor, dtype: torch.dtype, draw: int) -> Tensor | None:
+    def get(self, input: Tensor, dtype: torch.dtype, draw: int) -> tuple[Tensor, Tensor | None]:
         # The same object, unchanged since, cast alike, under the same masks.
-        if self.input is None or self.input() is not input or self.key != (input._version, dtype, draw):
-            return None
-        kept = self.kept
+        if self.input is None or self.input() is not input or self.key != self._key(input, dtype, draw):
+            return input.to(dtype), None
+        cast, kept = self.cast, self.kept
         self.readers += 1
         if self.readers == self.siblings:
             self.clear()
-        return kept
+        return input if cast is None else cast, kept
 
-    def put(self, input: Tensor, dtype: torch.dtype, draw: int, kept: Tensor) -> None:
+    def put(self, input: Tensor, dtype: torch.dtype, draw: int, cast: Tensor, kept: Tensor) -> None:
         self.input = weakref.ref(input, self.clear)
-        self.key, self.kept, self.readers = (input._version, dtype, draw), kept, 1
+        self.cast = None if cast is input else cast
+        self.key, self.kept, self.readers = self._key(input, dtype, draw), kept, 1
+
+    @staticmethod
+    def _key(input: Tensor, dtype: torch.dtype, draw: int) -> tuple[Any, ...]:
+        return input._version, dtype, draw, torch.is_grad_enabled()
 
     def clear(self, reference: weakref.ref[Tensor] | None = None) -> None:
         if reference is None or reference is self.input:
-            self.input = self.kept = None
+            self.input = self.cast = self.kept = None
 
 
 class _Slot:
@@ -259,27 +284,30 @@ class _Slot:
         self.mixed: Tensor | None = None
         self.made_from: tuple[Any, ...] = ()
         self.storages: list[StorageWeakRef] = []
+        self.sharded = not _is_plain(layer.weight)
 
     def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         layer, sampler = self.layer, self.sampler
         # Compiled and transformed code cannot look at versions and addresses, so it could not tell that a Phi or an
-        # x[:, kept] has gone stale: it mixes and gathers itself, with the same seed.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            target = host_memory.beside(weight, target)
-            return sampled_linear(input, weight, target, bias, layer.p, layer.mask, self.seed)[0]
+        # x[:, kept] has gone stale; and a replica of nn.DataParallel is on another device than they are. These mix and
+        # gather by themselves, with the same seed.
+        alone = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if alone or weight.device != layer.weight.device:
+            seed, target = self.seed.to(weight.device), host_memory.beside(weight, target)
+            return sampled_linear(input, weight, target, bias, layer.p, layer.mask, seed)[0]
         if self.seed.device != weight.device:
-            sampler.place(weight.device)
+            sampler.place()
         dtype = compute_dtype(input)
-        mixed = self._present_mixed(dtype) if sampler.premix is not False else None
+        mixed = self._present_mixed(dtype) if sampler.premix is not False and not self.sharded else None
         if sampler.host_targets:  # with Phi neither pass needs the target
             target = None if mixed is not None else host_memory.beside(weight, target)
         share = self.shared.siblings > 1
-        kept = self.shared.get(input, dtype, sampler.draws) if share else None
+        x, kept = self.shared.get(input, dtype, sampler.draws) if share else (input, None)
         y, gathered = sampled_linear(
-            input, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
+            x, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
         )
         if share and kept is None and gathered is not None and gathered.numel() > 0:
-            self.shared.put(input, dtype, sampler.draws, gathered)
+            self.shared.put(input, dtype, sampler.draws, x, gathered)
         return y
 
     def _present_mixed(self, dtype: torch.dtype) -> Tensor | None:
@@ -307,13 +335,18 @@ class _Slot:
     def prepare(self) -> str | None:
         """The backend that mixes this layer, with room for its Phi; None where mixing ahead does not apply.
 
-        With target zero and a neuron mask it does not: the products then need the kept columns alone.
+        With target zero and a neuron mask it does not: the products then need the kept columns alone. Nor under FSDP,
+        which has the whole weight in forward and backward only: Phi would undo its saving.
         """
+        if not _is_plain(self.layer.weight):
+            self.sharded, self.mixed = True, None
+            return None
         self.made_from = self._origin(self.dtype)
         # An address alone proves nothing: .bfloat16() and .float() in a row may end where they began. While a storage
-        # is weakly referred to, no other one gets its identity. (A traced optimizer hook cannot make such references.)
-        if not torch.compiler.is_compiling():
-            self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in self._sources()]
+        # is weakly referred to, no other one gets its identity.
+        storages = [tensor.untyped_storage() for tensor in self._sources()]
+        if [storage._cdata for storage in storages] != [reference.cdata for reference in self.storages]:
+            self.storages = [StorageWeakRef(storage) for storage in storages]
         weight, target = self.operands(self.layer.target)
         zero_columns = target is None and self.layer.mask == "neuron"
         backend = "reference"
@@ -335,6 +368,11 @@ class _Slot:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Not a DTensor, say: a shard of FSDP."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def _groups(layers: dict[str, MixLinear | MixConv1D], share_masks: Iterable[Sequence[str]]) -> dict[str, int]:

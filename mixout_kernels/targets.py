@@ -110,7 +110,7 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
 def step_taken(optimizer: Optimizer) -> int | Tensor:
     """1, or on the device 0 for a step that GradScaler let a fused optimizer skip: it calls step() all the same."""
     found_inf = getattr(optimizer, "found_inf", None)
-    return 1 if found_inf is None else (1 - found_inf).to(torch.int64)
+    return 1 if found_inf is None else (found_inf == 0).to(torch.int64)  # counted once for each device that found one
 
 
 def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
@@ -126,5 +126,6 @@ def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> 
         if alike:
             torch._foreach_lerp_([t for t, _ in alike], [end for _, end in alike], weight)
     for tensor, end in alone:
-        amount = torch.as_tensor(weight, dtype=tensor.dtype, device=tensor.device)
+        # A float goes along as an argument of the kernel; as a tensor it would have to be copied to the GPU each time.
+        amount = weight.to(tensor) if isinstance(weight, Tensor) else weight
         tensor.lerp_(end.to(tensor), amount)

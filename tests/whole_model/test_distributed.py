@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mixout_kernels as mk
@@ -21,6 +22,8 @@ def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     seen = {same: trained_rank(rank, same) for same in (True, False)}
     torch.save(seen, f"{folder}/rank-{rank}.pt")
+    torch.save([sharded_rank(sampler_first) for sampler_first in (True, False)], f"{folder}/sharded-{rank}.pt")
+    dist.barrier()  # a rank that leaves early aborts the other
     dist.destroy_process_group()
 
 
@@ -48,8 +51,28 @@ def trained_rank(rank, same_on_all_ranks):
     return seen
 
 
+def sharded_rank(sampler_first):
+    """Whether a model under FSDP ends with the weights of its unsharded twin, and the bytes of Phi at the end."""
+    twin = models.with_mixout(models.attention_net())
+    model = copy.deepcopy(twin)
+    samplers = [mk.MixSampler(twin, seed=3)]
+    if sampler_first:
+        samplers.append(mk.MixSampler(model, seed=3, premix=True))
+    for layer in (*models.mixed_layers(model).values(), model):
+        fully_shard(layer)
+    if not sampler_first:
+        samplers.append(mk.MixSampler(model, seed=3, premix=True))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.001) for m in (twin, model)]
+    for _ in range(STEPS):
+        for m, optimizer in zip((twin, model), optimizers, strict=True):
+            models.step(m, optimizer, models.random_input())
+    assert samplers[0].state_dict() == samplers[1].state_dict()
+    weights = [parameter.full_tensor() for parameter in model.parameters()]
+    return all(map(torch.equal, weights, twin.parameters())), samplers[1].extra_bytes
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     context = torch.multiprocessing.start_processes(
         worker, (str(folder),), nprocs=RANKS, join=False, start_method="spawn"
@@ -60,6 +83,11 @@ def ranks(tmp_path_factory):
             for process in context.processes:
                 process.kill()
             pytest.fail("the two processes did not finish in 120 s")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 
@@ -88,6 +116,23 @@ def test_gradients_are_the_mean_over_ranks(ranks, same):
 
 def test_targets_are_not_broadcast(ranks):
     assert all(seen["kept_targets"] for rank in ranks for seen in rank.values())
+
+
+def test_nor_those_of_a_compiled_model():
+    """DDP compares the names that it is to ignore with those of the module it is given."""
+    model = models.with_mixout(models.attention_net())
+    compiled = torch.compile(model, backend="eager")
+    targets = {name for name, _ in compiled.named_buffers()}
+    assert len(targets) == 5
+    assert targets <= set(compiled._ddp_params_and_buffers_to_ignore)
+    mk.remove_mixout(model)
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
+def test_shards_of_fsdp_train_as_the_whole_model(folder):
+    """And no whole Phi outlives the step."""
+    for rank in range(RANKS):
+        assert torch.load(folder / f"sharded-{rank}.pt") == [(True, 0)] * 2
 
 
 def test_one_given_seed_is_independent_by_rank(monkeypatch):

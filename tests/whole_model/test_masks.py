@@ -268,6 +268,38 @@ def test_one_of_several_optimizers_counts(premix):
     assert seen[0] != seen[1] == seen[2] != seen[3]
 
 
+def test_layers_on_several_devices():
+    """The present seeds on each, and one launch for each; "meta" stands for a second GPU."""
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    expected = copy.deepcopy(model)
+    model[2].to("meta")
+    sampler, expected_sampler = (mk.MixSampler(m, seed=1, premix=True) for m in (model, expected))
+    optimizers = [torch.optim.SGD(m[0].parameters(), lr=0.05) for m in (model, expected)]
+    for step in range(3):
+        assert (sampler.step, sampler.draws) == (step, expected_sampler.draws)
+        outputs = []
+        for m, optimizer in zip((model, expected), optimizers, strict=True):
+            hidden = m[0](x)
+            assert m[2](hidden.to(m[2].weight.device)).device == m[2].weight.device
+            hidden.sum().backward()
+            optimizer.step()
+            outputs.append(hidden)
+        assert torch.equal(*outputs)
+        assert model[0].slot.mixed is not None
+
+
+def test_a_replica_on_another_device():
+    """nn.DataParallel gives the copies of a layer its slot, but weights of their own."""
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    mk.MixSampler(model, seed=1, premix=True)
+    layer = model[0]
+    y = layer(x)
+    there = [t.to("meta") for t in (x, layer.weight, layer.target, layer.bias)]
+    assert layer.slot(*there).device.type == "meta"
+    assert torch.equal(layer(x), y)
+    assert layer.slot.seed.device.type == "cpu"
+
+
 def test_a_loop_without_an_optimizer_advances_by_hand():
     model, x = models.with_mixout(models.mlp()), models.random_input()
     sampler = mk.MixSampler(model, seed=1, premix=True)

@@ -92,6 +92,35 @@ def test_gradients_are_those_of_unshared_layers_with_the_same_seeds(name, premix
             ours.assert_same_bits(models.run(model, x))
 
 
+def test_siblings_cast_their_input_once_under_autocast(monkeypatch):
+    """As accurate as when each casts for itself, although their dx are then added in bfloat16."""
+    model, x = models.with_mixout(models.Attention()), models.random_input()
+    mk.MixSampler(model, seed=3)
+    seen = []
+
+    def noted(input, *arguments, **options):
+        seen.append(input)
+        return sampled_linear(input, *arguments, **options)
+
+    sampled_linear = mk.sampler.sampled_linear
+    monkeypatch.setattr(mk.sampler, "sampled_linear", noted)
+
+    def gradient(dtype):
+        leaf = x.detach().clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            model(leaf).float().square().sum().backward()
+        return leaf.grad
+
+    ours = gradient(torch.bfloat16)
+    assert [input is seen[0] for input in seen] == [True] * 3
+    assert seen[0].dtype == torch.bfloat16
+    exact = gradient(None)
+    with models.layer_by_layer(model):
+        alone = gradient(torch.bfloat16)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).norm() <= 1.5 * (alone - exact).norm()
+
+
 def test_accumulated_micro_batches():
     """x[:, kept] of the first micro-batch is not taken for the second."""
     model = models.with_mixout(models.attention_net())
