@@ -29,26 +29,53 @@ class version:
     cuda = {cuda!r}
 """
 FAKE_CPP_EXTENSION = """
+import os
 import setuptools
-CUDA_HOME = {home!r}
+CUDA_HOME = os.environ.get("CUDA_HOME")
 def CppExtension(name, sources, **_):
     return setuptools.Extension(name, sources)
 CUDAExtension = CppExtension
 class BuildExtension:
+    def build_extensions(self):
+        if os.environ["BUILD"] == "check" and any(e.name.endswith("_cuda") for e in self.extensions):
+            raise RuntimeError("no such compiler")
+        for extension in self.extensions:
+            self.build_extension(extension)
     def build_extension(self, extension):
-        raise RuntimeError("no such instruction")
+        if extension.name.endswith("_cuda"):
+            raise RuntimeError("no such instruction")
+        print("built", extension.name)
 """
 RUN_SETUP = """
-import os, runpy, setuptools
+import os, pathlib, runpy, setuptools
 def setup(cmdclass=None, ext_modules=()):
-    for extension in ext_modules:
-        print("extension", extension.name, extension.libraries, os.environ.get("TORCH_CUDA_ARCH_LIST"))
-        if os.environ.get("BUILD"):
-            builder = cmdclass["build_ext"]
-            builder.build_extension(object.__new__(builder), extension)
+    from torch.utils.cpp_extension import CUDA_HOME
+    for e in ext_modules:
+        print("extension", e.name, e.libraries, e.include_dirs, CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    if os.environ.get("BUILD"):
+        command = object.__new__(cmdclass["build_ext"])
+        command.extensions = ext_modules
+        command.build_extensions()
 setuptools.setup = setup
+is_file = pathlib.Path.is_file
+pathlib.Path.is_file = lambda path: not str(path).startswith("/usr/") and is_file(path)  # no toolkit of this machine
 runpy.run_path("setup.py")
 """
+
+
+def program(path, script=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def make_toolkit(home, version="13.0", headers="include"):
+    release = f"echo Cuda compilation tools, release {version}, V{version}.88"
+    program(home / "bin" / "nvcc", f'echo "#$ TOP=${{0%/*}}/.." >&2; {release}')  # as nvcc --dryrun, and --version
+    (home / headers).mkdir(parents=True)
+    (home / headers / "cuda_runtime_api.h").touch()
+    return home
 
 
 def run_setup(folder, *, toolkit="13.0", torch_cuda="13.0", **environment):
@@ -57,23 +84,15 @@ def run_setup(folder, *, toolkit="13.0", torch_cuda="13.0", **environment):
     fake.mkdir(parents=True)
     (fake / "__init__.py").touch()
     (folder / "torch" / "__init__.py").write_text(FAKE_TORCH.format(cuda=torch_cuda))
-    home = None
+    (fake / "cpp_extension.py").write_text(FAKE_CPP_EXTENSION)
     if toolkit is not None:
-        home = folder / "toolkit"
-        (home / "bin").mkdir(parents=True)
-        nvcc = home / "bin" / "nvcc"
-        nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {toolkit}, V{toolkit}.88\n")
-        nvcc.chmod(0o755)
-    (fake / "cpp_extension.py").write_text(FAKE_CPP_EXTENSION.format(home=home and str(home)))
-    tools = folder / "tools"
-    tools.mkdir()
+        environment.setdefault("CUDA_HOME", str(make_toolkit(folder / "toolkit", toolkit)))
     for tool in ("c++", "ninja"):
-        (tools / tool).write_text("#!/bin/sh\n")
-        (tools / tool).chmod(0o755)
+        program(folder / "tools" / tool)
     return subprocess.run(
         [sys.executable, "-c", RUN_SETUP],
         cwd=ROOT,
-        env={"PATH": f"{tools}:/bin", "PYTHONPATH": str(folder), "MIXOUT_KERNELS_CPU": "0", **environment},
+        env={"PATH": f"{folder}/tools", "PYTHONPATH": str(folder), "MIXOUT_KERNELS_CPU": "0", **environment},
         capture_output=True,
         text=True,
     )
@@ -81,20 +100,129 @@ def run_setup(folder, *, toolkit="13.0", torch_cuda="13.0", **environment):
 
 def test_cuda_is_built_where_it_can_be(tmp_path):
     run = run_setup(tmp_path)
-    assert run.stdout == "extension mixout_kernels._cuda ['cudart'] 8.0;9.0;10.0;12.0+PTX\n"
+    home = tmp_path / "toolkit"
+    assert run.stdout == f"extension mixout_kernels._cuda ['cudart'] [] {home} 8.0+PTX;9.0;10.0;12.0+PTX\n"
     assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_architectures(tmp_path):
-    assert run_setup(tmp_path / "a", TORCH_CUDA_ARCH_LIST="9.0a").stdout.endswith(" 9.0a\n")
-    run = run_setup(tmp_path / "b", toolkit="12.6", torch_cuda="12.6")
-    assert run.stdout.endswith(" 8.0;9.0+PTX\n")  # nvcc 12.6 knows no 10.0
+# --- which toolkit ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["the toolkit's own", "a link", "a script"])
+def test_the_toolkit_of_the_nvcc_on_path(tmp_path, kind):
+    """Torch takes the folder above nvcc's, in which only the first of these has the CUDA headers."""
+    nvcc = make_toolkit(tmp_path / "cuda") / "bin" / "nvcc"
+    on_path = tmp_path / "local" / "bin" / "nvcc"
+    if kind == "a script":
+        program(on_path, f'exec {nvcc} "$@"')
+    elif kind == "a link":
+        on_path.parent.mkdir(parents=True)
+        on_path.symlink_to(nvcc)
+    else:
+        on_path = nvcc
+    # With the CPU kernels: they import torch.utils.cpp_extension too, which reads CUDA_HOME.
+    path = f"{on_path.parent}:{tmp_path / 'tools'}"
+    run = run_setup(tmp_path, toolkit=None, PATH=path, MIXOUT_KERNELS_CPU="auto")
+    assert f"extension mixout_kernels._cuda ['cudart'] [] {tmp_path / 'cuda'} " in run.stdout
+    assert "extension mixout_kernels._C " in run.stdout
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_toolkit_of_conda(tmp_path):
+    headers = make_toolkit(tmp_path / "conda", headers="targets/x86_64-linux/include") / "targets/x86_64-linux/include"
+    run = run_setup(tmp_path, CUDA_HOME=str(tmp_path / "conda"))
+    assert run.stdout.startswith(f"extension mixout_kernels._cuda ['cudart'] ['{headers}'] {tmp_path / 'conda'} ")
+
+
+def test_the_toolkit_of_pip(tmp_path):
+    """It lies beside torch, has no nvcc on PATH, and its library only a versioned name."""
+    home = make_toolkit(tmp_path / "nvidia" / "cu13")
+    (home / "lib").mkdir()
+    (home / "lib" / "libcudart.so.13").touch()
+    run = run_setup(tmp_path, toolkit=None)
+    assert run.stdout.startswith(f"extension mixout_kernels._cuda [':libcudart.so.13'] [] {home} ")
+
+
+def test_a_cuda_home_that_is_none(tmp_path):
+    """Another toolkit is used, and said to be; without one the message has what was expected, where, and the cure."""
+    wrong = program(tmp_path / "wrong" / "bin" / "nvcc").parents[1]
+    home = make_toolkit(tmp_path / "a" / "nvidia" / "cu13")
+    run = run_setup(tmp_path / "a", CUDA_HOME=str(wrong))
+    assert f" {home} " in run.stdout
+    assert run.stderr == (
+        f"mixout_kernels: warning: CUDA_HOME={wrong} has no bin/nvcc and include/cuda_runtime_api.h; "
+        f"building with {home}\n"
+    )
+    run = run_setup(tmp_path / "b", CUDA_HOME=str(wrong))
+    assert run.stderr == (
+        "mixout_kernels: installing without the CUDA kernels (no CUDA toolkit, a folder with bin/nvcc and "
+        f"include/cuda_runtime_api.h, in {wrong}, {tmp_path / 'b' / 'nvidia' / 'cu13'}, /usr/local/cuda; "
+        "install the CUDA toolkit 13.0, or point CUDA_HOME at it)\n"
+    )
+
+
+# --- which GPUs -------------------------------------------------------------------------------------------------------
+
+
+def runs_on(gpu, architectures):
+    """Code runs on its own major version from its own minor one on; PTX, on every GPU from its own version on."""
+    for name in architectures.split(";"):
+        major, minor = map(int, name.removesuffix("+PTX").split("."))
+        if (major, minor) <= gpu and (name.endswith("+PTX") or major == gpu[0]):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("toolkit", ["12.6", "12.8", "13.0"])
+def test_every_gpu_is_served_by_default(tmp_path, toolkit):
+    architectures = run_setup(tmp_path, toolkit=toolkit, torch_cuda=toolkit).stdout.split()[-1]
+    gpus = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
+    assert [gpu for gpu in gpus if not runs_on(gpu, architectures)] == []
+    assert ("12.0" in architectures) == (toolkit != "12.6")  # nvcc 12.6 knows no 10.0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "built", "left_out"),
+    [
+        ("9.0a", "9.0a", ""),
+        ("Ampere 10.0;;12.0+PTX", "Ampere;10.0;12.0+PTX", ""),
+        ("5.2 6.1 7.0 7.5 8.0 9.0+PTX", "8.0;9.0+PTX", "5.2 6.1 7.0 7.5"),
+        ("7.5+PTX;Ampere+Tegra", "Ampere+Tegra", "7.5+PTX"),
+        (
+            "Kepler+Tesla;Maxwell;Pascal;Volta+Tegra;Turing;Hopper",
+            "Hopper",
+            "Kepler+Tesla Maxwell Pascal Volta+Tegra Turing",
+        ),
+        ("", "8.0+PTX;9.0;10.0;12.0+PTX", ""),
+    ],
+)
+def test_gpus_that_are_too_old_are_left_out(tmp_path, wanted, built, left_out):
+    run = run_setup(tmp_path, TORCH_CUDA_ARCH_LIST=wanted)
+    assert run.stdout.endswith(f" {built}\n")
+    reason = "the CUDA kernels need compute capability 8.0 or later"
+    assert run.stderr == (f"mixout_kernels: warning: leaving out {left_out}: {reason}\n" if left_out else "")
+
+
+def test_nothing_but_gpus_that_are_too_old(tmp_path):
+    reason = (
+        "TORCH_CUDA_ARCH_LIST='7.0 Turing' names no GPU of compute capability 8.0 or later, which the kernels need; "
+        "add one, or unset it"
+    )
+    left = run_setup(tmp_path / "auto", TORCH_CUDA_ARCH_LIST="7.0 Turing")
+    assert (left.returncode, left.stdout) == (0, "")
+    assert left.stderr == f"mixout_kernels: installing without the CUDA kernels ({reason})\n"
+    asked = run_setup(tmp_path / "asked", TORCH_CUDA_ARCH_LIST="7.0 Turing", MIXOUT_KERNELS_CUDA="1")
+    assert asked.returncode == 1
+    assert asked.stderr == f"MIXOUT_KERNELS_CUDA=1, but the CUDA kernels cannot be built: {reason}\n"
+
+
+# --- whether at all ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("toolkit", "torch_cuda", "reason"),
     [
-        (None, "13.0", "nvcc is not on PATH, nor in CUDA_HOME; install the CUDA toolkit 13.0"),
+        (None, "13.0", "no CUDA toolkit, a folder with bin/nvcc and include/cuda_runtime_api.h, in "),
         ("13.0", None, "torch 2.13.0 is a build without CUDA; install a CUDA build of torch"),
         ("12.8", "13.0", "nvcc is of CUDA 12.8, torch 2.13.0 of CUDA 13.0"),
     ],
@@ -104,7 +232,7 @@ def test_cuda_that_cannot_be_built(tmp_path, toolkit, torch_cuda, reason):
     left = run_setup(tmp_path / "auto", toolkit=toolkit, torch_cuda=torch_cuda, MIXOUT_KERNELS_CPU="auto")
     assert left.returncode == 0
     assert left.stdout.startswith("extension mixout_kernels._C ")
-    assert "_cuda" not in left.stdout
+    assert "extension mixout_kernels._cuda" not in left.stdout
     notice = "" if torch_cuda is None else f"mixout_kernels: installing without the CUDA kernels ({reason}"
     assert left.stderr[: len(notice) or None] == notice  # silent beside a torch that has no CUDA
 
@@ -126,13 +254,49 @@ def test_minor_mismatch_is_a_warning(tmp_path):
     assert run.stderr.startswith("mixout_kernels: warning: nvcc is of CUDA 13.1, torch 2.13.0 of CUDA 13.0")
 
 
-def test_a_failed_build_leaves_the_others_alone(tmp_path):
-    run = run_setup(tmp_path / "auto", BUILD="1")
+@pytest.mark.parametrize(("build", "reason"), [("check", "no such compiler"), ("compile", "no such instruction")])
+def test_a_failed_build_leaves_the_others_alone(tmp_path, build, reason):
+    """Be it torch's check of the compilers, made once for all extensions, or the compilation of this one."""
+    run = run_setup(tmp_path / "auto", BUILD=build, MIXOUT_KERNELS_CPU="auto")
     assert run.returncode == 0
-    assert "installing without mixout_kernels._cuda, whose build failed: no such instruction" in run.stderr
-    asked = run_setup(tmp_path / "asked", BUILD="1", MIXOUT_KERNELS_CUDA="1")
+    assert run.stdout.splitlines()[2:] == ["built mixout_kernels._C"]
+    assert run.stderr == f"mixout_kernels: installing without mixout_kernels._cuda, whose build failed: {reason}\n"
+    asked = run_setup(tmp_path / "asked", BUILD=build, MIXOUT_KERNELS_CUDA="1")
     assert asked.returncode == 1
-    assert "RuntimeError: no such instruction" in asked.stderr
+    assert f"RuntimeError: {reason}" in asked.stderr
+
+
+RUN_BUILD = """
+import runpy, sys, torch
+torch.version.cuda = "12.8"
+torch.cuda._is_compiled = lambda: True
+torch.cuda.is_available = lambda: False
+sys.argv = ["setup.py", "build_ext", "--build-lib", sys.argv[1], "--build-temp", sys.argv[1]]
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize(("wanted", "code"), [("auto", 0), ("1", 1)])
+def test_a_compiler_that_is_too_new_for_nvcc(tmp_path, wanted, code):
+    """The check of torch itself, with its own list of compilers."""
+    compiler = program(tmp_path / "bin" / "g++", "echo 99.1.0")
+    program(tmp_path / "bin" / "ninja")
+    run = subprocess.run(
+        [sys.executable, "-c", RUN_BUILD, tmp_path / "built"],
+        cwd=ROOT,
+        env={
+            "PATH": str(tmp_path / "bin"),
+            "CXX": str(compiler),
+            "CUDA_HOME": str(make_toolkit(tmp_path / "cuda", "12.8")),
+            "MIXOUT_KERNELS_CPU": "0",
+            "MIXOUT_KERNELS_CUDA": wanted,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == code, run.stderr
+    assert "(99.1.0) is greater than the maximum required version by CUDA 12.8" in run.stderr
+    assert ("installing without mixout_kernels._cuda, whose build failed: The current" in run.stderr) == (code == 0)
 
 
 # --- the module -------------------------------------------------------------------------------------------------------
@@ -183,6 +347,42 @@ def test_codegen_sees_a_spill():
     (use,) = codegen_cuda.parse(text)
     assert (use.kernel, use.registers, use.spilled_bytes, use.static_shared_bytes) == ("foo", 128, 12, 16)
     assert use.problem == "sm_80 foo: 12 bytes spilled"
+
+
+# What mix<bf16, bf16, bf16, 1> has to do: a Philox multiplication below its eight loads and above the wait for them.
+SEED, SEED_WAIT = ("LDG.E.64.STRONG.SM R2, [R2.64]", 2, 0), ("NOP", 7, 1 << 2)
+LOAD, MASK, CALL = ("LDG.E.128 R4, [R8.64]", 5, 0), ("IMAD.WIDE.U32 R4, R2, -0x2daee0ad, RZ", 7, 0), ("CALL", 7, 63)
+MIX, STORE = ("FADD R4, R4, -R8", 7, 1 << 5), ("STG.E.128 [R6.64], R4", 7, 0)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "found"),
+    [
+        ([SEED, SEED_WAIT, *[LOAD] * 8, MASK, CALL, MASK, MIX, *[STORE] * 4], None),
+        ([SEED, SEED_WAIT, LOAD, MIX, *[LOAD] * 7, MASK, *[STORE] * 4], "1 + 4, mask after the wait"),
+        ([SEED, SEED_WAIT, *[LOAD] * 8, MIX, MASK, *[STORE] * 4], "8 + 4, mask after the wait"),
+        ([SEED, SEED_WAIT, *[LOAD] * 4, MASK, MIX, *[LOAD] * 4, *[STORE] * 4], "4 + 4"),
+        ([SEED, SEED_WAIT, *[LOAD] * 8, MASK, MIX, *[("STG.E [R6.64], R4", 7, 0)] * 16], "8 + 0"),
+    ],
+    ids=["as it shall be", "one by one", "mask afterwards", "two round trips", "narrow stores"],
+)
+def test_codegen_sees_narrow_and_serial_accesses(instructions, found):
+    """Its reading of a listing: the text of an instruction, the scoreboard that it sets, those that it waits for."""
+    lines = [
+        f"        /*{16 * i:04x}*/                   {text} ;  /* 0x{i:016x} */\n"
+        f"                                           /* 0x{scoreboard << 46 | waits << 52:016x} */\n"
+        for i, (text, scoreboard, waits) in enumerate(instructions)
+    ]
+    name = "_Z10mix_kernelI4bf16S0_S0_Li1EEvv"
+    ptxas = (
+        f"ptxas info    : Compiling entry function '{name}' for 'sm_80'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 108 registers, used 0 barriers\n"
+    )
+    (use,) = codegen_cuda.parse(ptxas, f"\t\tFunction : {name}\n" + "".join(lines))
+    assert use.kernel == "mix<bf16, bf16, bf16, 1>"
+    problem = f"sm_80 {use.kernel}: 16-byte loads + stores {found}, expected 8 + 4"
+    assert use.problem == (None if found is None else problem)
 
 
 def test_the_module_loads_and_its_errors_name_the_kernel(built):
