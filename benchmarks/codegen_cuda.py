@@ -1,14 +1,18 @@
-"""What nvcc makes of csrc/cuda: registers, shared memory and spills of every kernel, without a GPU.
+"""What nvcc makes of csrc/cuda: registers, shared memory, spills and 16-byte accesses of every kernel, without a GPU.
 
     python -m benchmarks.codegen_cuda                  writes docs/codegen_cuda.md
     python -m benchmarks.codegen_cuda --check          writes nothing
 
-Either way it fails if a kernel spills, or has more registers than its threads can have.
+Either way it fails if a kernel spills or has more registers than its threads can have, and if `mix` does not ask for
+all of w and u before it waits for any of them, computes some of the mask only after that wait, or stores in less than
+16 bytes. This is read off the listing, from top to bottom and with no regard to branches: it shows that nothing makes
+a thread wait early, not how long a thread waits on a GPU. cuobjdump comes from PATH, else from the triton package.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -33,6 +37,25 @@ _ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
+_INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/ +(?P<text>[^;]+?) *; +/\* 0x[0-9a-f]{16} \*/\s+/\* 0x(?P<high>[0-9a-f]{16}) \*/"
+)
+_MIX = re.compile(r"mix<(\w+), (\w+), (\w+), \d+>")
+MIX_ELEMENTS = 32  # of a thread: kThreadRows * kThreadColumns
+_PHILOX_FACTOR = re.compile(r"0xd2511f53|0xcd9e8d57|-0x2daee0ad|-0x326172a9")  # as nvcc writes them
+
+
+@dataclass(frozen=True)
+class WideAccesses:
+    """16-byte accesses to global memory. The wait is the first one for any of the loads."""
+
+    loads_before_wait: int
+    stores: int
+    mask_before_wait: bool = True  # every multiplication of Philox
+
+    def __str__(self) -> str:
+        late = "" if self.mask_before_wait else ", mask after the wait"
+        return f"{self.loads_before_wait} + {self.stores}{late}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,7 @@ class KernelUse:
     registers: int
     spilled_bytes: int
     static_shared_bytes: int
+    wide: WideAccesses | None = None  # of mix alone
 
     @property
     def problem(self) -> str | None:
@@ -49,7 +73,18 @@ class KernelUse:
             return f"{self.architecture} {self.kernel}: {self.spilled_bytes} bytes spilled"
         if self.registers > REGISTER_LIMIT:
             return f"{self.architecture} {self.kernel}: {self.registers} registers, the limit is {REGISTER_LIMIT}"
+        if (expected := _mix_accesses(self.kernel)) != self.wide:
+            return f"{self.architecture} {self.kernel}: 16-byte loads + stores {self.wide}, expected {expected}"
         return None
+
+
+def _mix_accesses(kernel: str) -> WideAccesses | None:
+    """What a thread of ``mix`` has to move."""
+    types = _MIX.fullmatch(kernel)
+    if not types:
+        return None
+    w, u, out = (MIX_ELEMENTS * (4 if name == "float" else 2) // 16 for name in types.groups())
+    return WideAccesses(w + u, out)
 
 
 def compile_source(source: Path, architecture: str, result: Path) -> list[KernelUse]:
@@ -68,23 +103,65 @@ def compile_source(source: Path, architecture: str, result: Path) -> list[Kernel
     run = subprocess.run([*command, "-c", str(source), "-o", str(result)], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"nvcc cannot compile {source.name} for {architecture}:\n{run.stdout}{run.stderr}")
-    return parse(run.stderr)
+    return parse(run.stderr, listing(result))
 
 
-def parse(ptxas: str) -> list[KernelUse]:
+def listing(compiled: Path) -> str:
+    return subprocess.run([_cuobjdump(), "-sass", str(compiled)], capture_output=True, text=True, check=True).stdout
+
+
+def _cuobjdump() -> str:
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        raise RuntimeError("cuobjdump is neither on PATH nor in an installed triton; it is part of the CUDA toolkit")
+    return str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def parse(ptxas: str, sass: str = "") -> list[KernelUse]:
+    instructions = {function.split()[0]: function for function in sass.split("Function : ")[1:]}
     uses = []
     for entry in _ENTRY.finditer(ptxas):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
+        kernel = _readable(entry["name"])
         uses.append(
             KernelUse(
-                _readable(entry["name"]),
+                kernel,
                 entry["architecture"],
                 int(entry["registers"]),
                 int(entry["stores"]) + int(entry["loads"]),
                 int(shared[1]) if shared else 0,
+                wide_accesses(instructions.get(entry["name"], "")) if _MIX.fullmatch(kernel) else None,
             )
         )
     return uses
+
+
+def wide_accesses(sass: str) -> WideAccesses:
+    """Reads them off the listing of one kernel.
+
+    A load sets a scoreboard, and whatever needs its value waits for that: in the upper half of an instruction bits 46
+    to 48 are the one it sets, bits 52 to 57 those it waits for (Jia et al., arXiv:1804.06826; NVIDIA documents
+    neither). Calls wait for all of them and are passed over: a neuron mask of several elements to a feature divides by
+    their number in a subroutine.
+    """
+    instructions = [(match["text"], int(match["high"], 16)) for match in _INSTRUCTION.finditer(sass)]
+    loads = [i for i, (text, _) in enumerate(instructions) if "LDG.E.128" in text]
+    scoreboards = {instructions[i][1] >> 46 & 7 for i in loads}
+    wait = next(
+        (
+            i
+            for i, (text, high) in enumerate(instructions)
+            if i > min(loads, default=i) and "CALL" not in text and any(high >> 52 + s & 1 for s in scoreboards)
+        ),
+        len(instructions),
+    )
+    return WideAccesses(
+        loads_before_wait=sum(i < wait for i in loads),
+        stores=sum("STG.E.128" in text for text, _ in instructions),
+        mask_before_wait=not any(_PHILOX_FACTOR.search(text) for text, _ in instructions[wait:]),
+    )
 
 
 def _readable(mangled: str) -> str:
@@ -113,6 +190,8 @@ def page(uses: list[KernelUse], compiler: str) -> str:
             cell.append(f"{use.spilled_bytes} B spilled")
         if use.static_shared_bytes:
             cell.append(f"{use.static_shared_bytes} B static shared memory")
+        if use.wide:
+            cell.append(str(use.wide))
         cells.setdefault(use.kernel, {})[use.architecture] = ", ".join(cell)
     spilling = sum(1 for use in uses if use.spilled_bytes)
     lines = [
@@ -127,7 +206,9 @@ def page(uses: list[KernelUse], compiler: str) -> str:
         "kernels take 32 bytes, `mix` none.",
         "",
         "`mix_product<weight, target, input, weight in memory as, rows>` is the fused forward and dx;",
-        "`mix<weight, target, result, table size>` the mix of one or of many weights.",
+        "`mix<weight, target, result, table size>` the mix of one or of many weights. After its registers stand its",
+        "16-byte accesses, loads + stores: the loads of w and u that a thread asks for before it waits for any of",
+        "them, with the mask computed meanwhile.",
         "",
         f"| kernel | {' | '.join(architectures)} |",
         f"|---|{'---|' * len(architectures)}",

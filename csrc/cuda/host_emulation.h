@@ -212,6 +212,11 @@ inline uint32_t warp_ballot(bool predicate) {
 }
 inline uint32_t count_bits(uint32_t word) { return static_cast<uint32_t>(__builtin_popcount(word)); }
 inline float4 load_coherent(const float4* from) { return *from; }
+inline int64_t load_acquire(const int64_t* from) { return *from; }
+inline void store_vector(Vector128* to, const Vector128& vector) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a vector is not stored at a multiple of 16 bytes");
+  *to = vector;
+}
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(emulation::machine.shared.get()); }
 
 inline void copy_async(void* shared, const void* global, int bytes) {

@@ -60,6 +60,21 @@ MIXOUT_DEVICE uint32_t count_bits(uint32_t word) { return static_cast<uint32_t>(
 // Past the first-level cache, which is not coherent between multiprocessors.
 MIXOUT_DEVICE float4 load_coherent(const float4* from) { return __ldcg(from); }
 
+// The value has arrived before any later access to memory is issued.
+MIXOUT_DEVICE int64_t load_acquire(const int64_t* from) {
+  int64_t value;
+  asm volatile("ld.acquire.cta.global.b64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// One access of 16 bytes to global memory. For sm_80 and sm_90a nvcc 13.0 makes four of 4 bytes of a plain store of
+// packed 16-bit results, and of every other one of float32 results.
+MIXOUT_DEVICE void store_vector(Vector128* to, const Vector128& vector) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(vector.word[0]), "r"(vector.word[1]),
+               "r"(vector.word[2]), "r"(vector.word[3])
+               : "memory");
+}
+
 MIXOUT_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return memory;

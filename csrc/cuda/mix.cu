@@ -20,7 +20,7 @@ constexpr int kTileRows = kMixThreads / kWarpSize * kThreadRows, kTileColumns = 
 struct Entry {
   MixTensor tensor;
   uint32_t first_tile;
-  bool aligned;
+  bool aligned;  // rows of whole vectors, at multiples of 16 bytes
 };
 
 // Tables travel as kernel parameters, at most 32764 bytes: a CUDA graph then holds them by value, and nothing is
@@ -47,8 +47,7 @@ MIXOUT_DEVICE const Entry& find(const Table<kCapacity>& table, uint32_t tile) {
 
 // Bit 8 r + k decides the element (row + r, column + k).
 MIXOUT_DEVICE uint32_t
-tile_bits(const MixTensor& tensor, int64_t row, int64_t column, int64_t rows, uint32_t threshold) {
-  const uint64_t seed = seed_value(tensor.seed);
+tile_bits(const MixTensor& tensor, uint64_t seed, int64_t row, int64_t column, int64_t rows, uint32_t threshold) {
   uint32_t bits = 0;
   switch (tensor.axis) {
     case MaskAxis::column:
@@ -80,33 +79,75 @@ tile_bits(const MixTensor& tensor, int64_t row, int64_t column, int64_t rows, ui
   }
 }
 
+// The columns of one row that a thread owns, as they lie in memory.
 template <typename T>
-MIXOUT_DEVICE void load(const T* from, int count, bool vector, float (&to)[kThreadColumns]) {
-  if (vector) {
-    constexpr int kPerVector = sizeof(Vector128) / sizeof(T);
+struct Row {
+  static constexpr int kVectors = kThreadColumns * sizeof(T) / sizeof(Vector128);
+  static constexpr int kPerVector = kThreadColumns / kVectors;
+  Vector128 vector[kVectors];
+};
+
+template <typename T>
+MIXOUT_DEVICE void load(const T* from, int64_t columns, Row<T> (&to)[kThreadRows]) {
 #pragma unroll
-    for (int v = 0; v < kThreadColumns / kPerVector; ++v) {
-      const Vector128 raw = reinterpret_cast<const Vector128*>(from)[v];
-      unpack_vector<T>(raw, to + v * kPerVector);
-    }
-  } else {
+  for (int r = 0; r < kThreadRows; ++r)
+#pragma unroll
+    for (int v = 0; v < Row<T>::kVectors; ++v)
+      to[r].vector[v] = reinterpret_cast<const Vector128*>(from + r * columns)[v];
+}
+
+template <typename T>
+MIXOUT_DEVICE void unpack(const Row<T>& row, float (&value)[kThreadColumns]) {
+#pragma unroll
+  for (int v = 0; v < Row<T>::kVectors; ++v) unpack_vector<T>(row.vector[v], value + v * Row<T>::kPerVector);
+}
+
+template <typename T>
+MIXOUT_DEVICE void store(T* to, const float (&value)[kThreadColumns]) {
+#pragma unroll
+  for (int v = 0; v < Row<T>::kVectors; ++v)
+    store_vector(reinterpret_cast<Vector128*>(to) + v, pack_vector<T>(value + v * Row<T>::kPerVector));
+}
+
+template <typename W, typename U, typename O>
+MIXOUT_DEVICE void mix_rows(
+    const Row<W> (&w)[kThreadRows], const Row<U> (&u)[kThreadRows], O* out, int64_t columns, uint32_t bits,
+    float scale) {
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    float weight[kThreadColumns], target[kThreadColumns], mixed[kThreadColumns];
+    unpack(w[r], weight);
+    unpack(u[r], target);
 #pragma unroll
     for (int k = 0; k < kThreadColumns; ++k)
-      if (k < count) to[k] = to_float(from[k]);
+      mixed[k] = mix((bits >> (8 * r + k) & 1) != 0, weight[k], target[k], scale);
+    store(out + r * columns, mixed);
   }
 }
 
 template <typename T>
-MIXOUT_DEVICE void store(T* to, int count, bool vector, const float (&from)[kThreadColumns]) {
-  if (vector) {
-    constexpr int kPerVector = sizeof(Vector128) / sizeof(T);
+MIXOUT_DEVICE void load_elements(const T* from, int64_t count, float (&to)[kThreadColumns]) {
 #pragma unroll
-    for (int v = 0; v < kThreadColumns / kPerVector; ++v)
-      reinterpret_cast<Vector128*>(to)[v] = pack_vector<T>(from + v * kPerVector);
-  } else {
+  for (int k = 0; k < kThreadColumns; ++k)
+    if (k < count) to[k] = to_float(from[k]);
+}
+
+// Where a row or the tensor ends within the thread's elements, or an address is no multiple of 16. `columns_left` and
+// `left` count what the row and the tensor have from the thread's first element on.
+template <typename W, typename U, typename O>
+MIXOUT_DEVICE void mix_elements(
+    const W* w, const U* u, O* out, int64_t columns, int64_t columns_left, int64_t left, uint32_t bits, float scale) {
+#pragma unroll 1
+  for (int r = 0; r < kThreadRows && left > 0; ++r) {
+    const int64_t count = min_of(columns_left, left);
+    float weight[kThreadColumns], target[kThreadColumns] = {};
+    load_elements(w + r * columns, count, weight);
+    if (u != nullptr) load_elements(u + r * columns, count, target);
 #pragma unroll
     for (int k = 0; k < kThreadColumns; ++k)
-      if (k < count) to[k] = from_float<T>(from[k]);
+      if (k < count)
+        out[r * columns + k] = from_float<O>(mix((bits >> (8 * r + k) & 1) != 0, weight[k], target[k], scale));
+    left -= columns;
   }
 }
 
@@ -121,34 +162,28 @@ mix_kernel(MIXOUT_PARAMETER Table<kCapacity> table, uint32_t threshold, float sc
   const int64_t row = static_cast<int64_t>(tile / column_tiles) * kTileRows + thread_index() / kWarpSize * kThreadRows;
   const int64_t column =
       static_cast<int64_t>(tile % column_tiles) * kTileColumns + thread_index() % kWarpSize * kThreadColumns;
-  if (row >= rows || column >= tensor.columns) return;
+  const int64_t columns = tensor.columns, first = row * columns + column, left = tensor.numel - first;
+  if (column >= columns || left <= 0) return;
 
-  const W* w = static_cast<const W*>(tensor.w);
-  const U* u = static_cast<const U*>(tensor.u);
-  float weight[kThreadRows][kThreadColumns], target[kThreadRows][kThreadColumns];
-  int count[kThreadRows];
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int64_t i = (row + r) * tensor.columns + column;
-    const int64_t left = min_of(tensor.columns - column, tensor.numel - i);
-    count[r] = left < 0 ? 0 : static_cast<int>(min_of<int64_t>(left, kThreadColumns));
-    const bool vector = entry.aligned && count[r] == kThreadColumns;
-#pragma unroll
-    for (int k = 0; k < kThreadColumns; ++k) target[r][k] = 0;
-    load(w + i, count[r], vector, weight[r]);
-    if (u != nullptr) load(u + i, count[r], vector, target[r]);
-  }
-  const uint32_t bits = tile_bits(tensor, row, column, rows, threshold);
-  O* out = static_cast<O*>(tensor.out);
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int64_t i = (row + r) * tensor.columns + column;
-    float mixed[kThreadColumns];
-#pragma unroll
-    for (int k = 0; k < kThreadColumns; ++k)
-      mixed[k] = mix((bits >> (8 * r + k) & 1) != 0, weight[r][k], target[r][k], scale);
-    store(out + i, count[r], entry.aligned && count[r] == kThreadColumns, mixed);
-  }
+  const W* w = static_cast<const W*>(tensor.w) + first;
+  const U* u = tensor.u == nullptr ? nullptr : static_cast<const U*>(tensor.u) + first;
+  O* out = static_cast<O*>(tensor.out) + first;
+  const bool whole = entry.aligned && left >= (kThreadRows - 1) * columns + kThreadColumns;
+
+  // The mask is computed while w and u are on their way: nothing may wait for them before that is done. Two plainer
+  // ways would (nvcc 13.0, seen by `make codegen`). Loads that are used in another basic block share one scoreboard:
+  // after a plain load the first use of the seed waits for w and u too (sm_80, sm_90a, sm_100). And where the zeros of
+  // an absent target stand beside the loads, ptxas copies the target on arrival (float32 to 16 bits; sm_100, sm_120).
+  const uint64_t seed = static_cast<uint64_t>(load_acquire(tensor.seed));
+  Row<W> weight[kThreadRows];
+  Row<U> target[kThreadRows];
+  if (whole) load(w, columns, weight);
+  if (whole && u != nullptr) load(u, columns, target);
+  const uint32_t bits = tile_bits(tensor, seed, row, column, rows, threshold);
+  if (!whole) return mix_elements(w, u, out, columns, columns - column, left, bits, scale);
+  if (u == nullptr)
+    for (Row<U>& zero : target) zero = {};
+  mix_rows(weight, target, out, columns, bits, scale);
 }
 
 template <typename W, typename U, typename O, int kCapacity>

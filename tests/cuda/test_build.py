@@ -329,7 +329,9 @@ def nvcc_folder() -> Path:
 
 
 def test_no_kernel_spills(built):
-    """sm_80 has the fewest instructions to work with; `make codegen` does the same for the later ones."""
+    """Nor does mix wait between its loads, or store in pieces. sm_80 has the fewest instructions to work with;
+    `make codegen` does the same for the later ones.
+    """
     _, uses = built
     kernels = {use.kernel.partition("<")[0] for use in uses}
     assert kernels == {"gather_kept", "keep_mask", "mix", "mix_product", "scatter_kept", "scatter_kept_lines"}
