@@ -13,26 +13,35 @@ is gone. A step in float32 that scales dw by 1.001 fails, one under bfloat16 aut
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixout_kernels import MixSampler, backends
 
-from .training import Training
+from .training import Captured, Training
 
 
 def matches_reference(training: Training) -> bool:
     """After a few steps, when the weights have left their targets."""
-    ours = _gradients(training)
-    with _reference_backend():
-        reference = _gradients(training)
+    return _close(_gradients(training), _reference_gradients(training), _exact_gradients(training))
+
+
+def replay_matches_reference(captured: Captured) -> bool:
+    """As near to the reference as the eager step, which is checked by itself: without another model in float64."""
+    eager, reference = _gradients(captured.training), _reference_gradients(captured.training)
+    # Last: a replay changes the weights.
+    return _close(captured.gradients(), eager, reference)
+
+
+def _close(ours: Mapping[str, Tensor], other: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> bool:
+    """Whether ``ours`` is as near to ``truth`` as ``other``, by the rule above."""
     eps = torch.finfo(torch.float32).eps
-    truth = _exact_gradients(training)
-    pairs = [(ours[name] - exact, reference[name] - exact, exact) for name, exact in truth.items()]
-    norms = torch.tensor([[t.norm() for t in triple] for triple in pairs], dtype=torch.float64)
+    in_float64 = ((name, gradient.double()) for name, gradient in truth.items())
+    rows = [[(ours[name] - u).norm(), (other[name] - u).norm(), u.norm()] for name, u in in_float64]
+    norms = torch.tensor(rows, dtype=torch.float64)
     return _within(norms.norm(dim=0), 2, 4 * eps) and all(_within(row, 16, 64 * eps) for row in norms)
 
 
@@ -52,20 +61,36 @@ def _reference_backend() -> Iterator[None]:
 
 
 def _gradients(training: Training) -> dict[str, Tensor]:
-    """In float64. Layers without a sampler draw their seeds from the default generator."""
+    """Layers without a sampler draw their seeds from the default generator."""
     torch.manual_seed(0)
     training.optimizer.zero_grad()
     training.backward()
-    found = {name: p.grad.double() for name, p in training.model.named_parameters() if p.grad is not None}
-    training.optimizer.zero_grad()
-    return found
+    return training.gradients()
+
+
+def _reference_gradients(training: Training) -> dict[str, Tensor]:
+    return _gradients_of_a_copy(training, copy.deepcopy(training.model), training.workload.autocast())
 
 
 def _exact_gradients(training: Training) -> dict[str, Tensor]:
-    model = copy.deepcopy(training.model).double()
+    return _gradients_of_a_copy(training, copy.deepcopy(training.model).double(), nullcontext())
+
+
+def _gradients_of_a_copy(
+    training: Training, model: nn.Module, precision: AbstractContextManager[object]
+) -> dict[str, Tensor]:
+    """Through the reference. A sampler keeps what the kernels have mixed, and compiled code calls them: not the copy's.
+
+    The copy and its sampler are a cycle, for the garbage collector.
+    """
+    sampler = None
     if training.sampler is not None:
-        MixSampler(model, premix=False).load_state_dict(training.sampler.state_dict())
+        sampler = MixSampler(model, premix=False)
+        sampler.load_state_dict(training.sampler.state_dict())
     torch.manual_seed(0)
-    with _reference_backend():
-        model(**training.batch).loss.backward()
+    with _reference_backend(), precision:
+        loss = model(**training.batch).loss
+    loss.backward()
+    if sampler is not None:
+        sampler.remove()  # its hook would be called in every optimizer step
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -24,7 +24,7 @@ def peak_bytes(workload: str, variants: Sequence[Variant]) -> dict[Variant, int]
     """
     if sys.platform != "linux":
         return {}
-    measured = [variant for variant in variants if variant.kind != "compiled"]
+    measured = [variant for variant in variants if variant.mode == "eager"]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as processes:
         return dict(zip(measured, processes.map(_measure, [workload] * len(measured), measured), strict=True))

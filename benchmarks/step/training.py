@@ -1,4 +1,4 @@
-"""A variant in training, one step at a time, and what a step keeps in memory."""
+"""A variant in training, one step at a time, and what a step keeps in memory; the step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from .variants import Variant
 from .workload import Workload
 
+# The first step makes Adam's state and mixes layer by layer, the second runs in the memory that stays.
+WARMUP_STEPS = 3
+
 
 class Training:
     def __init__(self, workload: Workload, variant: Variant) -> None:
@@ -19,9 +22,11 @@ class Training:
         variant.prepare(self.model)
         self.sampler = variant.sampler(self.model)
         self.batch = workload.batch()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=True)
+        # capturable: so that a CUDA graph can hold the same step; the fused kernel does the same either way.
+        capturable = workload.device == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, fused=True, capturable=capturable)
         # dynamic=False: the batch has one shape, and code for one shape is the faster one.
-        compiled = variant.kind == "compiled"
+        compiled = variant.mode == "compiled"
         self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     def loss(self) -> Tensor:
@@ -36,6 +41,12 @@ class Training:
     def backward(self) -> None:
         with self.variant.products():
             self.loss().backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of every parameter that has one, by name; the parameters let go of them."""
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        self.optimizer.zero_grad()
+        return found
 
     @property
     def target_bytes(self) -> int:
@@ -64,3 +75,33 @@ class Training:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self.loss()
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+class Captured:
+    """The step of a training as one CUDA graph: each replay draws its masks, steps the optimizer and mixes anew.
+
+    It trains the very weights of the eager steps, in turn with them, and needs no second copy of them.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # on the stream of a capture nothing may be done for the first time
+            for _ in range(WARMUP_STEPS):
+                training.step()
+        torch.cuda.current_stream().wait_stream(side)
+        training.optimizer.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            training.step()
+        # In the graph's own memory, where each replay leaves them; an eager step makes its own.
+        self._gradients = training.gradients()
+
+    def step(self) -> None:
+        self.graph.replay()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of a step that is taken for them."""
+        self.step()
+        return self._gradients

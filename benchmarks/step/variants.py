@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from unittest import mock
 
@@ -13,13 +13,15 @@ from torch import nn
 from benchmarks.baselines import apply_plain_mixout
 from mixout_kernels import MixSampler, apply_mixout, backends
 
-Kind = Literal["dropout", "none", "plain", "compiled", "staged", "layers", "sampler", "premix"]
+Kind = Literal["dropout", "none", "plain", "staged", "layers", "sampler", "premix"]
+Mode = Literal["eager", "compiled", "graph"]
 
 
 @dataclass(frozen=True)
 class Variant:
     kind: Kind
     p: float = 0.0
+    mode: Mode = "eager"
 
     @property
     def name(self) -> str:
@@ -27,13 +29,17 @@ class Variant:
             "dropout": "dropout 0.1",
             "none": "no regularisation",
             "plain": "plain formula",
-            "compiled": "torch.compile(plain formula)",
             "staged": "mixout_kernels, products of nn.Linear",
             "layers": "mixout_kernels, layer by layer",
             "sampler": "mixout_kernels, sampler",
             "premix": "mixout_kernels, sampler, premix=True",
         }
-        return names[self.kind] + (f", p={self.p:g}" if self.p else "")
+        name = f"torch.compile({names[self.kind]})" if self.mode == "compiled" else names[self.kind]
+        return name + (f", p={self.p:g}" if self.p else "") + (", CUDA graph" if self.mode == "graph" else "")
+
+    @property
+    def eager(self) -> Variant:
+        return replace(self, mode="eager")
 
     @property
     def ours(self) -> bool:
@@ -45,7 +51,7 @@ class Variant:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        elif self.kind in ("plain", "compiled"):
+        elif self.kind == "plain":
             apply_plain_mixout(model, p=self.p)
         elif self.ours:
             apply_mixout(model, p=self.p)
@@ -67,8 +73,9 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    """The plain formula costs the same for every p, so it runs at one."""
-    found = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("compiled", 0.7)]
+    """The plain formula costs the same for every p, so it runs at one; the eager step with dropout comes first."""
+    found = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("plain", 0.7, "compiled")]
     for p in (0.7, 0.9):
         found += [Variant("staged", p), Variant("layers", p), Variant("sampler", p), Variant("premix", p)]
-    return found
+    found += [Variant("dropout", mode="compiled"), Variant("sampler", 0.7, "compiled")]
+    return [*found, *(Variant(kind, p, "graph") for kind, p in (("dropout", 0.0), ("sampler", 0.7), ("sampler", 0.9)))]
