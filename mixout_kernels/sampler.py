@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -99,6 +100,7 @@ class MixSampler:
         self.every = every
         self.premix = True if host_targets else premix
         self.host_targets = host_targets
+        self._warned = False
         self.draws = 0  # how often seeds were drawn, for what must not outlive a draw
         self._base = _base_seed(seed, same_on_all_ranks)
         self._masks = 1 + max(groups.values())
@@ -169,6 +171,14 @@ class MixSampler:
             self.advance(step_taken(optimizer))
         elif any(id(weight) in held for weight in weights):
             self.mix(self._slots)  # another optimizer of the same model: its weights have changed, not the step
+        elif not isinstance(first, nn.Parameter) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "MixSampler: an optimizer took a step, but the weights of the mixed layers are no Parameters that it "
+                "could hold (FSDP with use_orig_params=False, or a parametrization?): the masks stay what they are. "
+                "Call advance() after each step.",
+                stacklevel=3,
+            )
 
     def place(self) -> None:
         """A counter, and seeds, on each device that holds a layer: again when the model was moved."""
@@ -284,7 +294,7 @@ class _Slot:
         self.mixed: Tensor | None = None
         self.made_from: tuple[Any, ...] = ()
         self.storages: list[StorageWeakRef] = []
-        self.sharded = not _is_plain(layer.weight)
+        self.sharded = not _is_whole(layer.weight)
 
     def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         layer, sampler = self.layer, self.sampler
@@ -338,8 +348,9 @@ class _Slot:
         With target zero and a neuron mask it does not: the products then need the kept columns alone. Nor under FSDP,
         which has the whole weight in forward and backward only: Phi would undo its saving.
         """
-        if not _is_plain(self.layer.weight):
-            self.sharded, self.mixed = True, None
+        self.sharded = not _is_whole(self.layer.weight)
+        if self.sharded:
+            self.mixed = None
             return None
         self.made_from = self._origin(self.dtype)
         # An address alone proves nothing: .bfloat16() and .float() in a row may end where they began. While a storage
@@ -370,9 +381,9 @@ class _Slot:
         return type(None), ()
 
 
-def _is_plain(weight: Tensor) -> bool:
-    """Not a DTensor, say: a shard of FSDP."""
-    return type(weight) in (Tensor, nn.Parameter)
+def _is_whole(weight: Tensor) -> bool:
+    """Neither a shard of FSDP (a DTensor, or a piece of a flat parameter), nor computed anew for each forward."""
+    return type(weight) is nn.Parameter and weight.dim() == 2
 
 
 def _groups(layers: dict[str, MixLinear | MixConv1D], share_masks: Iterable[Sequence[str]]) -> dict[str, int]:

@@ -3,9 +3,12 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+from torch import nn
 
 import mixout_kernels as mk
 
@@ -298,6 +301,30 @@ def test_a_replica_on_another_device():
     assert layer.slot(*there).device.type == "meta"
     assert torch.equal(layer(x), y)
     assert layer.slot.seed.device.type == "cpu"
+
+
+def test_weights_that_no_optimizer_can_hold():
+    """A parametrized weight is computed, and one under FSDP with use_orig_params=False a view of another Parameter."""
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    for layer in models.mixed_layers(model).values():
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softsign())
+    sampler = mk.MixSampler(model, seed=1, premix=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    seeds = models.seeds_of(model)
+    models.run(model, x)
+    with pytest.warns(UserWarning, match="no Parameters that it could hold .*Call advance"):
+        optimizer.step()
+    assert models.seeds_of(model) == seeds
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        optimizer.step()
+    sampler.advance()
+    assert (sampler.step, sampler.extra_bytes) == (1, 0)
+    assert models.seeds_of(model) != seeds
+    before = model[0].weight.clone()
+    models.run(model, x)
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
 
 
 def test_a_loop_without_an_optimizer_advances_by_hand():
