@@ -1,6 +1,7 @@
 """What a wrong call says: the function, the argument, what was expected and what came."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_a_named_backend_does_not_fall_back(case):
     w = torch.ones(5, 4, dtype=torch.float8_e4m3fn, device=case.device)
     with pytest.raises(RuntimeError, match=f"^backend='{case.backend}' was asked for, but .*float8_e4m3fn"):
         mk.mixout(w, None, p=0.5, backend=case.backend)
+
+
+def test_a_backend_that_is_passed_over_is_mentioned_only_if_none_is_left(monkeypatch):
+    """Whoever uses Triton alone need not hear that the CUDA kernels were not built."""
+    dtypes = [torch.float32] * 3
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("nowhere", "reference"))
+    monkeypatch.setattr(backends, "_reason_against", lambda name, *_: "not built" if name == "nowhere" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, None, "cpu", *dtypes) == "reference"
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("nowhere",))
+    with pytest.warns(UserWarning, match="^mixout_kernels: backend 'nowhere' is not used: not built$"):
+        assert backends.choose(None, None, "cpu", *dtypes) == "reference"
 
 
 def test_a_schedule_that_a_backend_does_not_have(case):

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.finetune.environment import environment
 from benchmarks.finetune.errors import FinetuneError
+from mixout_kernels import backends
 
 from .measurement import measure
 from .report import Report
@@ -73,7 +74,11 @@ def _wanted(variant: Variant, options: argparse.Namespace) -> bool:
         return False
     if variant.mode == "compiled":
         return not (options.no_compile or options.quick) and (variant.kind == "plain" or not on_cpu)
-    return not on_cpu if variant.mode == "graph" else on_cpu or variant.kind not in ("staged", "premix")
+    if variant.kind in ("staged", "premix"):
+        return on_cpu
+    if variant.kind == "triton" and backends.load("cuda").unavailable_reason() is not None:
+        return False  # "sampler" is Triton then
+    return not (on_cpu and (variant.mode == "graph" or variant.kind == "triton"))
 
 
 def _machine(device: str) -> dict[str, str | int]:

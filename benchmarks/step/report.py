@@ -162,7 +162,7 @@ class Report:
     def _colour(self, measurement: Measurement) -> str:
         if measurement.kind in ("dropout", "none"):
             return GREY
-        if measurement.kind in ("plain", "compiled"):
+        if measurement.kind == "plain":
             return ORANGE
         return BLUES[0] if measurement.p == 0.7 else BLUES[1]
 

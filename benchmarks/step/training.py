@@ -36,10 +36,11 @@ class Training:
     def step(self) -> None:
         self.optimizer.zero_grad()
         self.backward()
-        self.optimizer.step()
+        with self.variant.kernels():  # the sampler mixes in it
+            self.optimizer.step()
 
     def backward(self) -> None:
-        with self.variant.products():
+        with self.variant.kernels():
             self.loss().backward()
 
     def gradients(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.baselines import apply_plain_mixout
 from mixout_kernels import MixSampler, apply_mixout, backends
 
-Kind = Literal["dropout", "none", "plain", "staged", "layers", "sampler", "premix"]
+Kind = Literal["dropout", "none", "plain", "staged", "layers", "sampler", "premix", "triton"]
 Mode = Literal["eager", "compiled", "graph"]
 
 
@@ -33,6 +33,7 @@ class Variant:
             "layers": "mixout_kernels, layer by layer",
             "sampler": "mixout_kernels, sampler",
             "premix": "mixout_kernels, sampler, premix=True",
+            "triton": "mixout_kernels, sampler, Triton",
         }
         name = f"torch.compile({names[self.kind]})" if self.mode == "compiled" else names[self.kind]
         return name + (f", p={self.p:g}" if self.p else "") + (", CUDA graph" if self.mode == "graph" else "")
@@ -43,7 +44,7 @@ class Variant:
 
     @property
     def ours(self) -> bool:
-        return self.kind in ("staged", "layers", "sampler", "premix")
+        return self.kind in ("staged", "layers", "sampler", "premix", "triton")
 
     def prepare(self, model: nn.Module) -> None:
         """Changes a model with its pretrained weights, in place; "dropout" leaves it as it is."""
@@ -58,17 +59,20 @@ class Variant:
 
     def sampler(self, model: nn.Module) -> MixSampler | None:
         """For a prepared model."""
-        if self.kind not in ("sampler", "premix"):
+        if self.kind not in ("sampler", "premix", "triton"):
             return None
         return MixSampler(model, premix=True if self.kind == "premix" else None)
 
     @contextmanager
-    def products(self) -> Iterator[None]:
-        """For "staged": the CPU backend without its own product, to show what mixout saves by itself."""
-        if self.kind != "staged":
-            yield
-            return
-        with mock.patch.object(backends.load("cpu"), "schedules", return_value=("staged",)):
+    def kernels(self) -> Iterator[None]:
+        """The CPU backend without its own product, to show what mixout saves by itself; Triton where CUDA is built."""
+        if self.kind == "staged":
+            with mock.patch.object(backends.load("cpu"), "schedules", return_value=("staged",)):
+                yield
+        elif self.kind == "triton":
+            with mock.patch.dict(backends.PREFERENCE, cuda=("triton",)):
+                yield
+        else:
             yield
 
 
@@ -77,5 +81,6 @@ def all_variants() -> list[Variant]:
     found = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("plain", 0.7, "compiled")]
     for p in (0.7, 0.9):
         found += [Variant("staged", p), Variant("layers", p), Variant("sampler", p), Variant("premix", p)]
-    found += [Variant("dropout", mode="compiled"), Variant("sampler", 0.7, "compiled")]
-    return [*found, *(Variant(kind, p, "graph") for kind, p in (("dropout", 0.0), ("sampler", 0.7), ("sampler", 0.9)))]
+    found += [Variant("triton", 0.7), Variant("dropout", mode="compiled"), Variant("sampler", 0.7, "compiled")]
+    captured: list[tuple[Kind, float]] = [("dropout", 0.0), ("sampler", 0.7), ("sampler", 0.9), ("triton", 0.7)]
+    return [*found, *(Variant(kind, p, "graph") for kind, p in captured)]

@@ -155,7 +155,7 @@ def test_every_round_has_one_step_of_each(workload, monkeypatch):
     found = measurement.measure("smallest", variants, rounds=3, with_memory=True, say=said.append)
     assert [m.variant for m in found] == [variant.name for variant in variants]
     assert all(len(m.milliseconds) == 3 and min(m.milliseconds) > 0 and m.peak_bytes == 5 << 20 for m in found)
-    assert {m.kind for m in found if m.matches_reference} == {"staged", "layers", "sampler", "premix"}
+    assert {m.kind for m in found if m.matches_reference} == {"staged", "layers", "sampler", "premix", "triton"}
     assert len(said) == len(variants) + 2  # the memory, each warm-up, the rounds
 
 
