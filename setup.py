@@ -126,7 +126,7 @@ def answer(*command: str) -> str:
     return run.stdout + run.stderr
 
 
-def cuda_architectures(toolkit_version: str) -> list[str]:
+def cuda_architectures(version: str) -> list[str]:
     """What is wanted: TORCH_CUDA_ARCH_LIST or, where it is unset, what runs on every GPU from 8.0 on.
 
     Code for 8.0 runs on 8.6 and 8.9 too, code for 10.0 on 10.3, and so on. PTX runs on what comes later: that of 8.0 on
@@ -134,7 +134,7 @@ def cuda_architectures(toolkit_version: str) -> list[str]:
     """
     if named := os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
         return named
-    knows_blackwell = tuple(map(int, toolkit_version.split("."))) >= (12, 8)
+    knows_blackwell = tuple(map(int, version.split("."))) >= (12, 8)
     return ["8.0+PTX", "9.0", "10.0", "12.0+PTX"] if knows_blackwell else ["8.0", "9.0+PTX"]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,15 +108,14 @@ class MixSampler:
         self._counters: dict[torch.device, _Counter] = {}
         shared = {number: _SharedInput(list(groups.values()).count(number)) for number in set(groups.values())}
         self._slots = [_Slot(self, layer, groups[name], shared[groups[name]]) for name, layer in layers.items()]
-        self.place()
+        for slot in self._slots:
+            self.place(slot)
         if host_targets:
             host_memory.to_host(list(layers.values()))
         for slot in self._slots:
             slot.layer.slot = slot
-        # Not traced into a compiled optimizer step, where neither addresses nor versions can be looked at.
-        hook = torch.compiler.disable(_call_weakly(self._after_step))
-        self._hook = register_optimizer_step_post_hook(hook)
-        weakref.finalize(self, self._hook.remove)
+        _follow_optimizers()
+        _alive.add(self)
 
     def __repr__(self) -> str:
         return (
@@ -149,7 +149,7 @@ class MixSampler:
 
     def remove(self) -> None:
         """Takes the sampler out of the model: every forward draws anew."""
-        self._hook.remove()
+        _alive.discard(self)
         present = [slot for slot in self._slots if slot.layer.slot is slot]
         for slot in present:
             slot.layer.slot = None
@@ -166,7 +166,7 @@ class MixSampler:
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         weights = [slot.layer.weight for slot in self._slots]
-        first = next((weight for weight in weights if weight.requires_grad), weights[0])
+        first = next((w for w in weights if isinstance(w, nn.Parameter) and w.requires_grad), weights[0])
         if id(first) in held:
             self.advance(step_taken(optimizer))
         elif any(id(weight) in held for weight in weights):
@@ -177,17 +177,23 @@ class MixSampler:
                 "MixSampler: an optimizer took a step, but the weights of the mixed layers are no Parameters that it "
                 "could hold (FSDP with use_orig_params=False, or a parametrization?): the masks stay what they are. "
                 "Call advance() after each step.",
-                stacklevel=3,
+                stacklevel=5,  # past the hook and torch's wrapper of step()
             )
 
-    def place(self) -> None:
-        """A counter, and seeds, on each device that holds a layer: again when the model was moved."""
-        step = next(iter(self._counters.values())).step if self._counters else torch.zeros(1, dtype=torch.int64)
-        devices = dict.fromkeys(slot.layer.weight.device for slot in self._slots)
-        self._counters = {d: self._counters.get(d) or _Counter(step.to(d), self._masks) for d in devices}
-        for slot in self._slots:
-            slot.seed = self._counters[slot.layer.weight.device].seeds[slot.group : slot.group + 1]
-        self._draw()
+    def place(self, slot: _Slot) -> None:
+        """Gives a slot its seed on the device of its weight, where a counter starts if there is none."""
+        device = slot.layer.weight.device
+        if device not in self._counters:
+            step = next(iter(self._counters.values())).step if self._counters else torch.zeros(1, dtype=torch.int64)
+            self._counters[device] = _Counter(step.to(device), self._masks)
+            self._counters[device].draw(self._base, self.every)
+        slot.seed = self._counters[device].seeds[slot.group : slot.group + 1]
+
+    def follow(self, slot: _Slot) -> None:
+        """To another device, after a layer was moved."""
+        self.place(slot)
+        used = {slot.seed.device for slot in self._slots}
+        self._counters = {device: counter for device, counter in self._counters.items() if device in used}
 
     def _draw(self) -> None:
         """Seeds of the present step. Distinct Philox keys give independent streams, so consecutive keys will do."""
@@ -245,7 +251,7 @@ class _SharedInput:
     """What the first of some siblings made of their input, for the others: its cast to the compute dtype, and
     x[:, kept].
 
-    Held until all have read it, or the input is gone.
+    Held until each has been called, with this input or another one (cross-attention), or the input is gone.
     """
 
     def __init__(self, siblings: int) -> None:
@@ -254,26 +260,31 @@ class _SharedInput:
         self.input: weakref.ref[Tensor] | None = None
         self.cast: Tensor | None = None
         self.kept: Tensor | None = None
-        self.readers = 0
+        self.called: set[_Slot] = set()
+
+    def called_by(self, slot: _Slot) -> None:
+        if slot in self.called:  # not all were called in the last round
+            self.called = set()
+        self.called.add(slot)
+        if len(self.called) == self.siblings:
+            self.called = set()
+            self.clear()
 
     def get(self, input: Tensor, dtype: torch.dtype, draw: int) -> tuple[Tensor, Tensor | None]:
         # The same object, unchanged since, cast alike, under the same masks.
         if self.input is None or self.input() is not input or self.key != self._key(input, dtype, draw):
             return input.to(dtype), None
         cast, kept = self.cast, self.kept
-        self.readers += 1
-        if self.readers == self.siblings:
-            self.clear()
         return input if cast is None else cast, kept
 
     def put(self, input: Tensor, dtype: torch.dtype, draw: int, cast: Tensor, kept: Tensor) -> None:
         self.input = weakref.ref(input, self.clear)
         self.cast = None if cast is input else cast
-        self.key, self.kept, self.readers = self._key(input, dtype, draw), kept, 1
+        self.key, self.kept = self._key(input, dtype, draw), kept
 
     @staticmethod
     def _key(input: Tensor, dtype: torch.dtype, draw: int) -> tuple[Any, ...]:
-        return input._version, dtype, draw, torch.is_grad_enabled()
+        return input._version, input.requires_grad, dtype, draw, torch.is_grad_enabled()
 
     def clear(self, reference: weakref.ref[Tensor] | None = None) -> None:
         if reference is None or reference is self.input:
@@ -294,30 +305,35 @@ class _Slot:
         self.mixed: Tensor | None = None
         self.made_from: tuple[Any, ...] = ()
         self.storages: list[StorageWeakRef] = []
-        self.sharded = not _is_whole(layer.weight)
+        # What Phi may be made from. Under FSDP the layer has other Parameters in forward, and in between.
+        self.parameter = layer.weight if _is_whole(layer.weight) else None
 
     def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         layer, sampler = self.layer, self.sampler
         # Compiled and transformed code cannot look at versions and addresses, so it could not tell that a Phi or an
         # x[:, kept] has gone stale; and a replica of nn.DataParallel is on another device than they are. These mix and
         # gather by themselves, with the same seed.
+        moved = self.seed.device != weight.device
         alone = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if alone or weight.device != layer.weight.device:
+        if alone or (moved and weight.device != layer.weight.device):
             seed, target = self.seed.to(weight.device), host_memory.beside(weight, target)
             return sampled_linear(input, weight, target, bias, layer.p, layer.mask, seed)[0]
-        if self.seed.device != weight.device:
-            sampler.place()
+        if moved:
+            sampler.follow(self)
         dtype = compute_dtype(input)
-        mixed = self._present_mixed(dtype) if sampler.premix is not False and not self.sharded else None
+        premixed = sampler.premix is not False and self.parameter is not None and layer.weight is self.parameter
+        mixed = self._present_mixed(dtype) if premixed else None
         if sampler.host_targets:  # with Phi neither pass needs the target
             target = None if mixed is not None else host_memory.beside(weight, target)
-        share = self.shared.siblings > 1
+        share = self.shared.siblings > 1 and not input.is_inference()
         x, kept = self.shared.get(input, dtype, sampler.draws) if share else (input, None)
         y, gathered = sampled_linear(
             x, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
         )
         if share and kept is None and gathered is not None and gathered.numel() > 0:
             self.shared.put(input, dtype, sampler.draws, x, gathered)
+        if share:
+            self.shared.called_by(self)
         return y
 
     def _present_mixed(self, dtype: torch.dtype) -> Tensor | None:
@@ -348,8 +364,8 @@ class _Slot:
         With target zero and a neuron mask it does not: the products then need the kept columns alone. Nor under FSDP,
         which has the whole weight in forward and backward only: Phi would undo its saving.
         """
-        self.sharded = not _is_whole(self.layer.weight)
-        if self.sharded:
+        self.parameter = self.layer.weight if _is_whole(self.layer.weight) else None
+        if self.parameter is None:
             self.mixed = None
             return None
         self.made_from = self._origin(self.dtype)
@@ -426,13 +442,17 @@ def _is_64_bits(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
 
 
-def _call_weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """``method`` without keeping its object alive."""
-    reference = weakref.WeakMethod(method)
+# One hook for all samplers, which stays: torch iterates over its dict of hooks, and one that the garbage collector took
+# away at that moment, with its sampler, was an error in the optimizer's step.
+_alive: weakref.WeakSet[MixSampler] = weakref.WeakSet()
 
-    def call(*arguments: Any) -> None:
-        bound = reference()
-        if bound is not None:
-            bound(*arguments)
 
-    return call
+@functools.cache
+def _follow_optimizers() -> None:
+    # Not traced into a compiled optimizer step, where neither addresses nor versions can be looked at.
+    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for sampler in list(_alive):
+        sampler._after_step(optimizer)

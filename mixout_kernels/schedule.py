@@ -1,4 +1,4 @@
-"""Which of the two GPU schedules a matrix product with a mixed weight follows; one rule for every GPU backend."""
+"""Which of the two GPU schedules a product with a mixed weight follows, where a backend's kernels are at their best."""
 
 from __future__ import annotations
 

@@ -47,8 +47,10 @@ Address allocate_counters(int64_t count, Address stream) {
   void* memory = nullptr;
   cudaError_t error = cudaMalloc(&memory, bytes);
   if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(pointer(stream)));
-  if (error != cudaSuccess)
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch that is checked would be blamed for it
     throw std::runtime_error(std::string("mixout_kernels: counters of a product: ") + cudaGetErrorString(error));
+  }
   return reinterpret_cast<Address>(memory);
 }
 #endif

@@ -183,9 +183,8 @@ def _is_fused(x: Tensor, weight: Tensor, target: Tensor | None, schedule: str) -
         return False
     if schedule == "auto":
         # Rows that do not start on 16 bytes are copied element by element, without cp.async.
-        sizes = (x.shape[1], *weight.shape)
         addresses = (x.data_ptr(), weight.data_ptr(), _address(target))
-        if any(n % 8 for n in sizes) or any(address % 16 for address in addresses):
+        if any(n % 8 for n in weight.shape) or any(address % 16 for address in addresses):
             return False
         if x.dtype == torch.float32 and x.shape[0] > _FUSED_MAX_ROWS_FLOAT32:
             return False

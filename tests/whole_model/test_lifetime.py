@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mixout_kernels as mk
 
@@ -57,25 +57,26 @@ def test_the_models_state_dict_is_the_plain_one():
     assert model.state_dict().keys() == models.attention_net().state_dict().keys()
 
 
-def hooks():
-    gc.collect()  # samplers of the tests before
-    return len(torch_optimizer._global_optimizer_post_hooks)
+def followers():
+    """How many samplers follow the optimizers."""
+    gc.collect()  # those of the tests before
+    return len(mk.sampler._alive)
 
 
 def test_remove():
-    before = hooks()
+    before = followers()
     model, x = models.with_mixout(models.attention_net()), models.random_input()
     sampler = mk.MixSampler(model)
     models.run(model, x)
-    assert hooks() == before + 1
+    assert followers() == before + 1
     sampler.remove()
-    assert hooks() == before
+    assert followers() == before
     assert not torch.equal(model(x), model(x))
     models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
     assert sampler.step == 0
     mk.MixSampler(model).remove()  # another one may follow
     sampler.remove()  # and again is no error
-    assert hooks() == before
+    assert followers() == before
 
 
 def test_an_old_sampler_that_is_removed_again_leaves_the_new_one_alone():
@@ -88,13 +89,13 @@ def test_an_old_sampler_that_is_removed_again_leaves_the_new_one_alone():
 
 
 def test_remove_mixout_removes_the_sampler_too():
-    before = hooks()
+    before = followers()
     model, x = models.with_mixout(models.attention_net()), models.random_input()
     sampler = mk.MixSampler(model)
     models.run(model, x)
     parameters = dict(model.named_parameters())
     mk.remove_mixout(model)
-    assert hooks() == before
+    assert followers() == before
     assert not models.mixed_layers(model)
     assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
     assert torch.equal(model(x), model.eval()(x))
@@ -104,19 +105,38 @@ def test_remove_mixout_removes_the_sampler_too():
 
 
 def test_a_sampler_goes_with_its_model():
-    before = hooks()
+    before = followers()
     model = models.with_mixout(models.attention_net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reference = weakref.ref(mk.MixSampler(model))
     models.step(model, optimizer, models.random_input())
     gc.collect()
     assert reference() is not None  # the model keeps it
-    assert hooks() == before + 1
+    assert followers() == before + 1
     del model
     gc.collect()
     assert reference() is None
-    assert hooks() == before
+    assert followers() == before
     optimizer.step()  # and nothing is left behind that a step would run into
+
+
+def test_a_sampler_that_goes_while_an_optimizer_calls_its_hooks():
+    """torch iterates over them: none may come or go meanwhile, and the garbage collector picks its own moments."""
+    model = models.with_mixout(models.mlp())
+    sampler = mk.MixSampler(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    models.run(model, models.random_input())
+    collection = register_optimizer_step_post_hook(lambda *_: gc.collect())
+    gc.disable()
+    try:
+        dead = weakref.ref(mk.MixSampler(models.with_mixout(models.mlp())))
+        assert dead() is not None
+        optimizer.step()
+        assert dead() is None
+    finally:
+        gc.enable()
+        collection.remove()
+    assert sampler.step == 1
 
 
 def test_a_model_without_an_optimizer_of_torch_keeps_its_masks():
@@ -195,9 +215,9 @@ def test_it_says_what_it_is():
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"seed": 0.5}, {"share_masks": "query"}])
 def test_a_refused_sampler_leaves_the_model_without_one(arguments):
-    before = hooks()
+    before = followers()
     model = models.with_mixout(models.mlp())
     with pytest.raises((ValueError, TypeError)):
         mk.MixSampler(model, **arguments)
-    assert hooks() == before
+    assert followers() == before
     assert all(layer.slot is None for layer in models.mixed_layers(model).values())

@@ -303,6 +303,30 @@ def test_a_replica_on_another_device():
     assert layer.slot.seed.device.type == "cpu"
 
 
+def test_layers_that_come_to_the_device_one_by_one():
+    """FSDP offloads weights to the host between uses. A seed that is saved for backward must not change meanwhile."""
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    sampler = mk.MixSampler(model, seed=1, premix=False)
+    expected, y = models.seeds_of(model), x
+    for layer in model:
+        if isinstance(layer, mk.MixLinear):
+            layer.slot.seed = torch.empty(1, dtype=torch.int64, device="meta")  # as if it were still on the host
+        y = layer(y)
+    assert models.seeds_of(model) == expected
+    y.sum().backward()
+    models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    assert sampler.step == 1
+
+
+def test_one_computed_weight_among_parameters():
+    """Steps are counted by a Parameter, whichever layer comes first."""
+    model = models.with_mixout(models.mlp())
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Softsign())
+    sampler = mk.MixSampler(model, seed=1)
+    models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), models.random_input())
+    assert sampler.step == 1
+
+
 def test_weights_that_no_optimizer_can_hold():
     """A parametrized weight is computed, and one under FSDP with use_orig_params=False a view of another Parameter."""
     model, x = models.with_mixout(models.mlp()), models.random_input()

@@ -121,6 +121,49 @@ def test_siblings_cast_their_input_once_under_autocast(monkeypatch):
     assert (ours - exact).norm() <= 1.5 * (alone - exact).norm()
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["leaf", "input"])
+def test_nothing_stays_shared_after_cross_attention(grad):
+    """The query reads another input than key and value. What they share of a leaf would keep the leaf itself."""
+    model = models.with_mixout(models.Attention())
+    mk.MixSampler(model, seed=3)
+    shared = model.query.slot.shared
+    for _ in range(2):
+        x, memory = (models.random_input().requires_grad_(grad) for _ in range(2))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model.query(x) + model.key(memory) + model.value(memory)
+        assert (shared.input, shared.cast, shared.kept) == (None, None, None)
+        y.float().sum().backward()
+        gone = weakref.ref(memory)
+        del x, memory, y
+        gc.collect()
+        assert gone() is None
+
+
+def test_an_input_that_requires_grad_only_later():
+    model, x = models.with_mixout(models.Attention()), models.random_input()
+    mk.MixSampler(model, seed=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        query = model.query(x)
+        x.requires_grad_()
+        y = query + model.key(x) + model.value(x)
+    y.float().sum().backward()
+    assert x.grad.any()
+
+
+def test_an_input_of_inference_mode():
+    """It has no version to tell whether it has changed since, so that nothing is shared."""
+    model = models.with_mixout(models.Attention())
+    mk.MixSampler(model, seed=3)
+    with torch.inference_mode():
+        x = models.random_input()
+    outputs = []
+    for input in (x, x.clone()):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(input))
+        outputs[-1].float().sum().backward()
+    assert torch.equal(*outputs)
+
+
 def test_accumulated_micro_batches():
     """x[:, kept] of the first micro-batch is not taken for the second."""
     model = models.with_mixout(models.attention_net())
