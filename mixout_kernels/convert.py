@@ -25,6 +25,8 @@ DEFAULT_HEADS = (
     "sequence_summary",
     "multiple_choice_head",
     "regressor",
+    "projector",
+    "lora_*",
 )
 
 # The attribute in which DistributedDataParallel looks for names to leave alone.
@@ -85,7 +87,8 @@ def apply_mixout(
         p, mask: as in :func:`mixout_kernels.mix_linear`.
         include: shell patterns; only modules that match one are swapped. A pattern matches the whole dotted name or
             one of its parts: ``"encoder.layer.1?.*"``, ``"query"``.
-        exclude: patterns of modules to leave alone, by default heads that are not pretrained.
+        exclude: patterns of modules to leave alone, by default heads and adapters that are not pretrained, by the names
+            that transformers and peft give them: look at the report for others.
         disable_dropout: set the rate of every dropout in the model to 0 (mixout replaces it, paper section 6.1):
             ``nn.Dropout`` modules, and float attributes of modules whose name contains "dropout".
         targets: other targets than the present weights: a state_dict, or the path of a checkpoint (a .safetensors file,
@@ -99,14 +102,19 @@ def apply_mixout(
     Raises:
         ValueError: if nothing matches, if the model has mixout already, or if p, mask or a target does not fit. The
             model is then unchanged.
+        TypeError: for weights that are no plain Parameters: ``fully_shard`` comes after mixout.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
     _check_model("apply_mixout", model, "use MixLinear.from_linear for a layer by itself")
     places = list(_places(model))
     if any(isinstance(module, (MixLinear, MixConv1D)) for _, _, _, module in places):
         raise ValueError("apply_mixout: model: expected one without mixout; call remove_mixout(model) first")
-    included = None if include is None else patterns("include", include)
-    excluded = patterns("exclude", exclude)
+    included = None if include is None else patterns("apply_mixout", "include", include)
+    excluded = patterns("apply_mixout", "exclude", exclude)
+    if not isinstance(targets, (Mapping, str, Path, type(None))):
+        raise TypeError(f"apply_mixout: targets: expected a state_dict or a path, got {type(targets).__name__}")
+    if not isinstance(target_dtype, (torch.dtype, type(None))):
+        raise TypeError(f"apply_mixout: target_dtype: expected a torch.dtype or None, got {target_dtype!r}")
 
     report = Report(p, mask, skipped=_raw_parameters(model))
     matched: list[tuple[str, nn.Module, str, nn.Module]] = []
@@ -169,18 +177,37 @@ def _frozen_targets(
         weight = module.get_parameter("weight")
         if id(weight) in frozen:
             continue
+        _check_weight(name, weight)
         key = f"{name}.weight"
         if state is not None and key not in state:
             base_key = key.removeprefix(base_prefix)
             if base_key not in state:
-                raise ValueError(f"apply_mixout: targets: expected an entry {key!r}, got {len(state)} others")
+                raise ValueError(
+                    f"apply_mixout: targets: expected an entry {key!r}, got {len(state)} others, the first of them "
+                    f"{next(iter(state), None)!r}"
+                )
             key = base_key
         origin = weight if state is None else state[key]
+        if not isinstance(origin, Tensor):
+            raise TypeError(f"apply_mixout: targets: expected a tensor for {key!r}, got {type(origin).__name__}")
         # Copied, and only then cast: .to() of the same dtype would alias the weight or the caller's tensor.
         target = frozen_copy(origin).to(device=weight.device, dtype=dtype or weight.dtype)
         check_mixout("apply_mixout", weight, target, p, mask)
         frozen[id(weight)] = target
     return frozen
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if type(weight) is not nn.Parameter:
+        raise TypeError(
+            f"apply_mixout: model: expected weights that are Parameters, got a {type(weight).__name__} in {name!r}; "
+            "call apply_mixout before the model is sharded or its weights are replaced"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"apply_mixout: model: expected its pretrained weights, got {name!r} on the meta device, without data; "
+            "load them first"
+        )
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
@@ -288,10 +315,13 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
 
 
-def patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
+def patterns(function: str, argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
-        raise TypeError(f"apply_mixout: {argument}: expected a list of patterns, got the string {patterns!r}")
-    return tuple(patterns)
+        raise TypeError(f"{function}: {argument}: expected a list of patterns, got the string {patterns!r}")
+    found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{function}: {argument}: expected a list of patterns, got {patterns!r}")
+    return found
 
 
 def _disable_dropout(model: nn.Module) -> dict[str, str]:

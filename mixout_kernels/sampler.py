@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import backends, host_memory
 from .functional import compute_dtype, sampled_linear
@@ -84,6 +84,8 @@ class MixSampler:
     ) -> None:
         if every != math.inf and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"MixSampler: every: expected an int >= 1 or math.inf, got {every!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"MixSampler: model: expected an nn.Module, got {type(model).__name__}")
         layers = {name: m for name, m in model.named_modules() if isinstance(m, (MixLinear, MixConv1D))}
         if not layers:
             raise ValueError(
@@ -102,6 +104,8 @@ class MixSampler:
         self.premix = True if host_targets else premix
         self.host_targets = host_targets
         self._warned = False
+        self._counts = 0  # of optimizer steps, and how many there were when a step began that has not ended yet
+        self._counts_before: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.draws = 0  # how often seeds were drawn, for what must not outlive a draw
         self._base = _base_seed(seed, same_on_all_ranks)
         self._masks = 1 + max(groups.values())
@@ -158,19 +162,27 @@ class MixSampler:
 
     def advance(self, steps: int | Tensor = 1) -> None:
         """Counts ``steps`` optimizer steps and mixes anew; ``torch.optim`` optimizers do this by themselves."""
+        if not isinstance(steps, Tensor) and not (_is_64_bits(steps) and steps >= 0):
+            raise ValueError(f"MixSampler.advance: steps: expected an int >= 0, got {steps!r}")
         for device, counter in self._counters.items():
             counter.step.add_(steps.to(device) if isinstance(steps, Tensor) else steps)
         self._draw()
         self.mix(self._slots)
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        self._counts_before[optimizer] = self._counts
+
+    def _after_step(self, optimizer: Optimizer) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         weights = [slot.layer.weight for slot in self._slots]
         first = next((w for w in weights if isinstance(w, nn.Parameter) and w.requires_grad), weights[0])
-        if id(first) in held:
+        # An optimizer may step another one that holds the weights (ZeRO's, SAM, Lookahead): that is one step.
+        counted = self._counts_before.pop(optimizer, self._counts) != self._counts
+        if id(first) in held and not counted:
+            self._counts += 1
             self.advance(step_taken(optimizer))
         elif any(id(weight) in held for weight in weights):
-            self.mix(self._slots)  # another optimizer of the same model: its weights have changed, not the step
+            self.mix(self._slots)  # the weights have changed, not the step
         elif not isinstance(first, nn.Parameter) and not self._warned:
             self._warned = True
             warnings.warn(
@@ -404,6 +416,8 @@ def _is_whole(weight: Tensor) -> bool:
 
 def _groups(layers: dict[str, MixLinear | MixConv1D], share_masks: Iterable[Sequence[str]]) -> dict[str, int]:
     """The number of each layer's mask: the same for siblings that share one."""
+    if isinstance(share_masks, str):
+        raise TypeError(f"MixSampler: share_masks: expected groups of names, got the string {share_masks!r}")
     together = {}
     for k, names in enumerate(share_masks):
         if isinstance(names, str):
@@ -442,15 +456,21 @@ def _is_64_bits(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
 
 
-# One hook for all samplers, which stays: torch iterates over its dict of hooks, and one that the garbage collector took
-# away at that moment, with its sampler, was an error in the optimizer's step.
+# One pair of hooks for all samplers, which stays: torch iterates over its dict of hooks, and one that the garbage
+# collector took away at that moment, with its sampler, was an error in the optimizer's step.
 _alive: weakref.WeakSet[MixSampler] = weakref.WeakSet()
 
 
 @functools.cache
 def _follow_optimizers() -> None:
     # Not traced into a compiled optimizer step, where neither addresses nor versions can be looked at.
+    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
     register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    for sampler in list(_alive):
+        sampler._before_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:

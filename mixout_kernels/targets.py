@@ -38,10 +38,11 @@ def decay_to_target(
 
     Raises:
         ValueError: for a negative decay, or if the optimizer holds no parameter of the model that is not excluded.
+        TypeError: for a model with mixout under FSDP, whose targets are not sharded as its weights are.
     """
-    if not decay >= 0:
+    if not isinstance(decay, (int, float)) or not decay >= 0:
         raise ValueError(f"decay_to_target: decay: expected a number >= 0, got {decay!r}")
-    excluded = patterns("exclude", exclude)
+    excluded = patterns("decay_to_target", "exclude", exclude)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     mixed: dict[Tensor, MixLinear | MixConv1D] = {}
     frozen: dict[Tensor, Tensor] = {}
@@ -59,6 +60,8 @@ def decay_to_target(
             "decay_to_target: optimizer: expected one that holds parameters of the model outside "
             f"exclude={tuple(excluded)!r}, got none"
         )
+
+    _check_not_sharded("decay_to_target", mixed.values())
 
     def target_of(weight: Tensor) -> Tensor:
         if weight in mixed and (target := mixed[weight].target) is not None:
@@ -91,12 +94,14 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
 
     Raises:
         ValueError: for a decay outside [0, 1], or a model without targets.
+        TypeError: for a model under FSDP, whose targets are not sharded as its weights are.
     """
-    if not 0 <= decay <= 1:
+    if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"track_targets: decay: expected a number in [0, 1], got {decay!r}")
     layers = [m for m in model.modules() if isinstance(m, (MixLinear, MixConv1D)) and m.target is not None]
     if not layers:
         raise ValueError("track_targets: model: expected one with mixout layers that have a target, got none")
+    _check_not_sharded("track_targets", layers)
 
     @torch.no_grad()
     def follow(optimizer: Optimizer, *_: Any) -> None:
@@ -105,6 +110,16 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
         _lerp(list(weights), list(weights.values()), (1 - decay) * step_taken(optimizer))
 
     return optimizer.register_step_post_hook(follow)
+
+
+def _check_not_sharded(name: str, layers: Iterable[MixLinear | MixConv1D]) -> None:
+    for layer in layers:
+        weight, target = layer.weight, layer.target
+        if target is not None and (type(weight) not in (Tensor, nn.Parameter) or weight.shape != target.shape):
+            raise TypeError(
+                f"{name}: model: expected whole weights, got a {type(weight).__name__} {list(weight.shape)} with a "
+                f"target {list(target.shape)}: FSDP shards weights, but no targets"
+            )
 
 
 def step_taken(optimizer: Optimizer) -> int | Tensor:

@@ -210,6 +210,14 @@ def test_a_model_without_linears_raises():
         ({"p": 0.5, "mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'row'"),
         ({"p": 0.5, "include": "query"}, TypeError, "include: expected a list of patterns, got the string 'query'"),
         ({"p": 0.5, "exclude": "query"}, TypeError, "exclude: expected a list of patterns, got the string 'query'"),
+        ({"p": 0.5, "exclude": None}, TypeError, "exclude: expected a list of patterns, got None"),
+        ({"p": 0.5, "include": [1]}, TypeError, r"include: expected a list of patterns, got \[1\]"),
+        ({"p": 0.5, "targets": 5}, TypeError, "targets: expected a state_dict or a path, got int"),
+        (
+            {"p": 0.5, "target_dtype": "bfloat16"},
+            TypeError,
+            "target_dtype: expected a torch.dtype or None, got 'bfloat",
+        ),
     ],
     ids=str,
 )
@@ -286,3 +294,11 @@ def test_transformer_encoder_layer_uses_its_mixed_weights_in_training():
     x = torch.randn(2, 3, 8)
     assert not torch.equal(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+def test_a_model_without_data_has_no_pretrained_weights():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"^apply_mixout: model: expected its pretrained weights, got '0' on the meta"):
+        mk.apply_mixout(model, p=0.5)
+    assert type(model[0]) is nn.Linear

@@ -158,5 +158,8 @@ def test_a_resumed_run_takes_its_targets_from_the_pretrained_checkpoint(model, t
         for name in report.mixed:
             assert torch.equal(model.get_submodule(name).target, pretrained[f"{name}.weight"]), name
         mk.remove_mixout(model)
-    with pytest.raises(ValueError, match=r"^apply_mixout: targets: expected an entry '.*\.weight', got 1 others$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^apply_mixout: targets: expected an entry '.*\.weight', got 1 others, the first of them '.*'$",
+    ):
         mk.apply_mixout(model, p=0.7, targets={"other": torch.zeros(1)})

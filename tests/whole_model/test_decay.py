@@ -295,7 +295,7 @@ def test_a_step_that_gradscaler_skips_moves_nothing(name, device):
         assert not any(same) if moves else all(same)
 
 
-@pytest.mark.parametrize("decay", [-0.1, float("nan")])
+@pytest.mark.parametrize("decay", [-0.1, float("nan"), "x"])
 def test_a_negative_decay(decay):
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -303,7 +303,7 @@ def test_a_negative_decay(decay):
         mk.decay_to_target(optimizer, model, decay)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan"), "x"])
 def test_a_tracking_decay_outside_0_and_1(decay):
     model = models.with_mixout(models.mlp())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

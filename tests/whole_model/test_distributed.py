@@ -70,6 +70,12 @@ def sharded_rank(sampler_first):
         for m, optimizer in zip((twin, model), optimizers, strict=True):
             models.step(m, optimizer, models.random_input())
     assert samplers[0].state_dict() == samplers[1].state_dict()
+    for follow in (mk.decay_to_target, mk.track_targets):
+        with pytest.raises(TypeError, match=f"^{follow.__name__}: model: expected whole weights, got a DTensor"):
+            follow(optimizers[1], model, 0.5)
+    mk.remove_mixout(model)
+    with pytest.raises(TypeError, match=r"^apply_mixout: model: expected weights that are Parameters, got a D"):
+        mk.apply_mixout(model, p=0.5)
     weights = [parameter.full_tensor() for parameter in model.parameters()]
     return all(map(torch.equal, weights, twin.parameters())), mixed
 

@@ -221,3 +221,16 @@ def test_a_refused_sampler_leaves_the_model_without_one(arguments):
         mk.MixSampler(model, **arguments)
     assert followers() == before
     assert all(layer.slot is None for layer in models.mixed_layers(model).values())
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, "1", True])
+def test_advance_counts_whole_steps(steps):
+    sampler = mk.MixSampler(models.with_mixout(models.mlp()))
+    with pytest.raises(ValueError, match=r"^MixSampler\.advance: steps: expected an int >= 0, got "):
+        sampler.advance(steps)
+    assert sampler.step == 0
+
+
+def test_a_sampler_is_of_a_model():
+    with pytest.raises(TypeError, match=r"^MixSampler: model: expected an nn\.Module, got int$"):
+        mk.MixSampler(3)

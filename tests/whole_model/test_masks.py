@@ -303,6 +303,38 @@ def test_a_replica_on_another_device():
     assert layer.slot.seed.device.type == "cpu"
 
 
+class Outer(torch.optim.Optimizer):
+    """As SAM, Lookahead and ZeroRedundancyOptimizer: it steps an optimizer of its own, and changes weights again."""
+
+    def __init__(self, parameters, inner):
+        super().__init__(parameters, {"lr": 0.1})
+        self.inner = inner
+
+    def step(self, closure=None):
+        self.inner.step()
+        with torch.no_grad():
+            for group in self.param_groups:
+                torch._foreach_mul_(group["params"], 0.99)
+
+
+@pytest.mark.parametrize("inner_holds", ["all", "a part", "nothing mixed"])
+def test_an_optimizer_within_an_optimizer_is_one_step(inner_holds):
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    sampler = mk.MixSampler(model, seed=1, premix=True)
+    parameters = {"all": model.parameters(), "a part": model[2].parameters(), "nothing mixed": [model[0].bias]}
+    outer = Outer(model.parameters(), torch.optim.SGD(parameters[inner_holds], lr=0.1))
+    for step in range(3):
+        assert sampler.step == step
+        assert torch.equal(models.run(model, x).output, models.reference_run(model, x).output)
+        outer.step()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain.step()  # after them, and after a step that failed
+    with pytest.raises(TypeError, match="not callable"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step(closure=1)
+    plain.step()
+    assert sampler.step == 5
+
+
 def test_layers_that_come_to_the_device_one_by_one():
     """FSDP offloads weights to the host between uses. A seed that is saved for backward must not change meanwhile."""
     model, x = models.with_mixout(models.mlp()), models.random_input()
