@@ -138,9 +138,11 @@ class MixSampler:
         return sum(slot.mixed.nbytes for slot in self._slots if slot.mixed is not None)
 
     def state_dict(self) -> dict[str, int]:
+        """What the present masks, and all that follow, are made from: the seed, and the optimizer steps so far."""
         return {"seed": self._base, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on with the masks of the sampler that ``state`` is from: same model, ``every`` and ``share_masks``."""
         if not isinstance(state, dict) or set(state) != {"seed", "step"}:
             raise ValueError(f"MixSampler.load_state_dict: state: expected the keys seed and step, got {state!r}")
         if not (_is_64_bits(state["seed"]) and _is_64_bits(state["step"]) and state["step"] >= 0):
