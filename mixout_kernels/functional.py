@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, ops, reference
 
@@ -222,8 +223,9 @@ def check_mixout(name: str, weight: Tensor, target: Tensor | None, p: float, mas
 
 
 def _choose(backend: str | None, *inputs: Any) -> str:
-    if backend is None and torch._C._are_functorch_transforms_active():
-        return "reference"  # torch.func transforms plain PyTorch only
+    # torch.func transforms plain PyTorch only, and forward-mode derivatives are not the kernels'.
+    if backend is None and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        return "reference"
     return backends.choose(backend, *inputs)
 
 

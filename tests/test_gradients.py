@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
+from torch import nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import mixout_kernels as mk
 
@@ -125,3 +126,19 @@ def test_changing_the_weight_before_backward_is_an_error(any_case):
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize("with_sampler", [False, True], ids=["", "sampler"])
+def test_forward_mode(device, with_sampler):
+    """dy = dx Phi^T, by the reference."""
+    torch.manual_seed(0)
+    model = nn.Sequential(mk.MixLinear.from_linear(nn.Linear(20, 7), p=0.5)).to(device, torch.float64)
+    mk.MixSampler(model, seed=1)
+    layer, (x, dx) = model[0], torch.randn(2, 5, 20, dtype=torch.float64, device=device)
+    layer.target.add_(1)
+    if not with_sampler:
+        layer.slot = lambda *arguments: mk.mix_linear(*arguments, p=0.5, seed=1)
+    with forward_ad.dual_level():
+        y, dy = forward_ad.unpack_dual(model(forward_ad.make_dual(x, dx)))
+    torch.testing.assert_close(y, model(x))
+    torch.testing.assert_close(dy, model(dx) - layer.bias)
