@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST          the GPUs to build for; see cuda_architectures() fo
 MAX_JOBS                      how many files ninja compiles at once.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -118,6 +119,7 @@ def toolkit_version(toolkit: str) -> str:
     return found[1] if found else "unknown"
 
 
+@functools.cache  # nvcc is asked for its folder and its version in several places
 def answer(*command: str) -> str:
     try:
         run = subprocess.run(command, capture_output=True, text=True)

@@ -104,7 +104,9 @@ class MixSampler:
         self.premix = True if host_targets else premix
         self.host_targets = host_targets
         self._warned = False
-        self._counts = 0  # of optimizer steps, and how many there were when a step began that has not ended yet
+        # Optimizer steps counted, and how many that were when a step of this optimizer began. Not `draws`: a hook of
+        # the user's may call advance() within a step.
+        self._counts = 0
         self._counts_before: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.draws = 0  # how often seeds were drawn, for what must not outlive a draw
         self._base = _base_seed(seed, same_on_all_ranks)
@@ -278,18 +280,17 @@ class _SharedInput:
 
     def called_by(self, slot: _Slot) -> None:
         if slot in self.called:  # not all were called in the last round
-            self.called = set()
+            self.called.clear()
         self.called.add(slot)
         if len(self.called) == self.siblings:
-            self.called = set()
+            self.called.clear()
             self.clear()
 
     def get(self, input: Tensor, dtype: torch.dtype, draw: int) -> tuple[Tensor, Tensor | None]:
         # The same object, unchanged since, cast alike, under the same masks.
         if self.input is None or self.input() is not input or self.key != self._key(input, dtype, draw):
             return input.to(dtype), None
-        cast, kept = self.cast, self.kept
-        return input if cast is None else cast, kept
+        return input if self.cast is None else self.cast, self.kept
 
     def put(self, input: Tensor, dtype: torch.dtype, draw: int, cast: Tensor, kept: Tensor) -> None:
         self.input = weakref.ref(input, self.clear)
@@ -344,9 +345,9 @@ class _Slot:
         y, gathered = sampled_linear(
             x, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
         )
-        if share and kept is None and gathered is not None and gathered.numel() > 0:
-            self.shared.put(input, dtype, sampler.draws, x, gathered)
         if share:
+            if kept is None and gathered is not None and gathered.numel() > 0:
+                self.shared.put(input, dtype, sampler.draws, x, gathered)
             self.shared.called_by(self)
         return y
 

@@ -76,9 +76,9 @@ def _wanted(variant: Variant, options: argparse.Namespace) -> bool:
         return not (options.no_compile or options.quick) and (variant.kind == "plain" or not on_cpu)
     if variant.kind in ("staged", "premix"):
         return on_cpu
-    if variant.kind == "triton" and backends.load("cuda").unavailable_reason() is not None:
-        return False  # "sampler" is Triton then
-    return not (on_cpu and (variant.mode == "graph" or variant.kind == "triton"))
+    if variant.kind == "triton":  # without the CUDA kernels "sampler" is Triton
+        return not on_cpu and backends.load("cuda").unavailable_reason() is None
+    return not (on_cpu and variant.mode == "graph")
 
 
 def _machine(device: str) -> dict[str, str | int]:

@@ -318,7 +318,6 @@ std::tuple<Tensor, Tensor> mix_linear(
   const MixedWeight phi{weight, target, mixed, seed_value(seed), p, per_weight, fits ? &columns : nullptr};
   const Tensor y = forward_product(fits ? kept_input.narrow(1, 0, columns.kept) : x, phi, bias, fused);
   if (per_weight || saved_columns == 0) kept_input = at::empty({x.size(0), 0}, x.options());
-  // Not a view: autograd forbids in-place operations, as of a ReLU(inplace=True), on a view that a Function returns.
   return {at::_unsafe_view(y, with_last(input.sizes(), weight.size(0))), kept_input};
 }
 

@@ -21,6 +21,9 @@ capacity whose unused columns are zero, 0 that nothing is kept for backward. ``m
 already (from ``mixout_list``), else None. ``scale`` in ``mixout`` is the factor of w - u in a kept entry, in
 ``mix_linear_backward`` the factor of a kept entry of dw. Gradients that ``needs`` does not ask for come back empty.
 ``schedule`` is "auto" or one of schedules(compute).
+
+y must not be a view, so its last reshape is ``_unsafe_view``: autograd forbids in-place operations, as of a
+``ReLU(inplace=True)``, on a view that a Function returns.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def keep_mask(seed: Tensor, p: float, shape: Sequence[int], mask: str) -> Tensor
     if p == 1:
         return keep.zero_()
     with _on(seed):
-        _loaded.keep_mask(_mask(seed, p), keep.data_ptr(), keep.numel(), _stream(seed))
+        _loaded.keep_mask(_mask(seed, p), keep.data_ptr(), keep.numel(), _stream(seed.device))
     return keep
 
 
@@ -133,7 +133,6 @@ def mix_linear(
         y = F.linear(x, _mixed_weight(weight, target, seed, p, mask, x.dtype), bias)
     if saved_columns is None:
         saved_columns = 0 if mask == "weight" else int(keep_mask(seed, p, weight.shape, mask).sum())
-    # Not a view: autograd forbids in-place operations, as of a ReLU(inplace=True), on a view that a Function returns.
     y = torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], weight.shape[0]))
     return y, _gather_kept(x, seed, p, saved_columns)
 
@@ -232,7 +231,7 @@ def _mix_product(
             x_type=x_type,
             partial=partial.data_ptr(),
             arrivals=arrivals.data_ptr(),
-            stream=_stream(x),
+            stream=_stream(x.device),
         )
     return out
 
@@ -278,7 +277,7 @@ def _weight_gradient(
                 features=weight.shape[1],
                 capacity=saved_input.shape[1],
                 transposed=transposed,
-                stream=_stream(g),
+                stream=_stream(g.device),
             )
     return dw.t() if transposed else dw
 
@@ -296,7 +295,7 @@ def _gather_kept(x: Tensor, seed: Tensor, p: float, capacity: int) -> Tensor:
             rows=x.shape[0],
             features=x.shape[1],
             capacity=capacity,
-            stream=_stream(x),
+            stream=_stream(x.device),
         )
     return compact
 
@@ -330,7 +329,7 @@ def _mix(entries: Sequence[_Entry], p: float, scale: float) -> None:
             out=_type(phi),
             threshold=_threshold(p),
             scale=scale,
-            stream=_stream(w),
+            stream=_stream(w.device),
         )
 
 
@@ -374,12 +373,8 @@ def _on(t: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(t.device)
 
 
-def _stream(t: Tensor) -> int:
-    return 0 if EMULATED else _raw_stream(t.device)
-
-
-def _raw_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+def _stream(device: torch.device) -> int:
+    return 0 if EMULATED else torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache
@@ -395,7 +390,7 @@ def _arrivals(device: torch.device, count: int) -> Tensor:
     """Counters that are zero. The kernels leave them so, hence the launches of one stream share them."""
     if EMULATED or torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: its own counters
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, _raw_stream(device)
+    key = device, _stream(device)
     if key not in _kept_arrivals or _kept_arrivals[key].numel() < count:
         _kept_arrivals[key] = torch.as_tensor(_Counters(max(count, 1024), key[1]), device=device)
     return _kept_arrivals[key]

@@ -48,7 +48,6 @@ def mix_linear(
         if mixed is None:
             mixed = _mixed_weight(weight, target, seed, p, per_weight, x.dtype)
         y = F.linear(x, mixed, bias)
-    # Not a view: autograd forbids in-place operations, as of a ReLU(inplace=True), on a view that a Function returns.
     return torch.ops.aten._unsafe_view.default(y, (*input.shape[:-1], weight.shape[0])), kept
 
 
