@@ -1,6 +1,7 @@
 """Mixout (Lee, Cho & Kang, ICLR 2020) at a negative price: fused kernels and a drop-in ``torch.nn.Linear``."""
 
 from . import reference
+from .backends import kernels
 from .convert import DEFAULT_HEADS, Report, apply_mixout, remove_mixout
 from .functional import keep_mask, mix_linear, mixout
 from .modules import MixConv1D, MixLinear
@@ -17,6 +18,7 @@ __all__ = [
     "apply_mixout",
     "decay_to_target",
     "keep_mask",
+    "kernels",
     "mix_linear",
     "mixout",
     "reference",

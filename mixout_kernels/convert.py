@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .functional import Mask, check_mixout
+from . import checks
+from .functional import Mask
 from .modules import MixConv1D, MixLinear, frozen_copy, to_plain
 
 # Heads that transformers adds to a pretrained model and initialises at random: there is no pretrained weight to mix
@@ -192,7 +193,7 @@ def _frozen_targets(
             raise TypeError(f"apply_mixout: targets: expected a tensor for {key!r}, got {type(origin).__name__}")
         # Copied, and only then cast: .to() of the same dtype would alias the weight or the caller's tensor.
         target = frozen_copy(origin).to(device=weight.device, dtype=dtype or weight.dtype)
-        check_mixout("apply_mixout", weight, target, p, mask)
+        checks.mixout("apply_mixout", weight, target, p, mask)
         frozen[id(weight)] = target
     return frozen
 

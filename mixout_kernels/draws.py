@@ -27,7 +27,11 @@ def _one_axis(shape: Shape, axis: int) -> Strides:
 
 
 def _every_entry(shape: Shape, axis: int) -> Strides:
-    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= max(1, size)
+    return tuple(reversed(strides))
 
 
 # name: (shape, the axis of input features) -> strides
@@ -45,7 +49,7 @@ def strides_of(kind: str, shape: Shape, axis: int | None = None) -> Strides:
 
 
 class Draw(NamedTuple):
-    """The decisions for one weight: ``seed`` (an int64 tensor with one element), a threshold, and where to read them."""
+    """The decisions for one weight: a seed (an int64 tensor with one element), a threshold, and where to read them."""
 
     seed: Tensor
     p: float
@@ -64,11 +68,11 @@ class Draw(NamedTuple):
 
     def at(self, p: float) -> Draw:
         """The same words against another threshold."""
-        return self._replace(p=p)
+        return self if p == self.p else Draw(self.seed, p, self.strides, self.offset)
 
     def t(self) -> Draw:
         """For the transpose of the weight."""
-        return self._replace(strides=self.strides[::-1])
+        return Draw(self.seed, self.p, self.strides[::-1], self.offset)
 
     @property
     def by_column(self) -> bool:

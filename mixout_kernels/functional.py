@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, ops, reference
+from . import backends, checks, ops, reference
+from .backends import MixedWeight, WeightGradient
+from .draws import Draw, GradientMask, column_capacity, strides_of
 
-Mask = Literal["neuron", "weight"]
+Mask = Literal["neuron", "weight", "output", "layer"]
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 Schedule = Literal["fused", "staged"]
 
@@ -24,6 +26,8 @@ def mix_linear(
     bias: Tensor | None = None,
     *,
     p: float,
+    grad_p: float = 0.0,
+    rescale: bool = True,
     mask: Mask = "neuron",
     training: bool = True,
     seed: int | Tensor | None = None,
@@ -35,9 +39,10 @@ def mix_linear(
 
     .. code-block:: text
 
-        Phi = u + M * (w - u) / (1 - p)        paper, eq. 4;  E Phi = w
+        Phi = u + M_p * (w - u) / (1 - p)      paper, eq. 4;  E Phi = w
         y   = x Phi^T + b
-        dx  = g Phi      dw = M / (1 - p) * (g^T x)      db = sum g
+        dx  = g Phi      dw = M_q * (g^T x) / ((1 - p)(1 - grad_p))      db = sum g
+        q   = 1 - (1 - p)(1 - grad_p), from the same random word: without grad_p the two masks are one
 
     Equivalent to, with a fresh mask per call:
 
@@ -55,14 +60,19 @@ def mix_linear(
             zero: dropout of the input features (``mask="neuron"``) or dropconnect (``mask="weight"``).
         bias: ``[out]`` or None.
         p: the mix probability in [0, 1]. 0 is ``F.linear(input, weight, bias)``, 1 ``F.linear(input, target, bias)``.
+        grad_p: the probability in [0, 1] that an entry which the mix kept gets no gradient (GradDrop, arXiv
+            2307.10098, in our reading of it). With p = 0 the layer is ``F.linear`` with a masked dw. 1 makes dw zero.
+        rescale: False leaves the factor ``1 / (1 - grad_p)`` out of dw (as Child-Tuning-D and fixed masks do).
         mask: "neuron", one decision per input feature shared by all outputs (paper, eq. 8; backward then needs
-            (1 - p) of a dense dw and of a saved input), or "weight", one per element.
+            (1 - q) of a dense dw and of a saved input), "weight", one per element, "output", one per output feature,
+            or "layer", one for the whole weight.
         training: False is ``F.linear(input, weight, bias)``, without a copy.
         seed: of the mask: an int, or an int64 tensor with one element on the input's device. None draws one from the
             device's default generator, so that ``torch.manual_seed`` governs it.
-        paper_gradient: give w the gradient of the authors' code, ``M * (g^T x)`` without ``1 / (1 - p)`` (eq. 2).
-        backend: None is the fastest that applies. A named one never falls back: it raises and says why.
-        schedule: None is the faster by measurement; "fused" mixes inside the matrix product, "staged" before it.
+        paper_gradient: leave ``1 / (1 - p)`` out of dw, as the authors' code does (eq. 2).
+        backend: None is the fastest that applies. A named one never falls back: it raises and says why. For a whole
+            model see :func:`mixout_kernels.kernels`.
+        schedule: None is the faster by measurement; "fused" mixes inside the GEMM, "staged" before it.
 
     Returns:
         ``[..., out]`` in the input's dtype (autocast's, under autocast).
@@ -73,74 +83,68 @@ def mix_linear(
 
     Source: Lee, Cho & Kang, "Mixout", ICLR 2020, https://arxiv.org/abs/1909.11299.
     """
-    check_mixout("mix_linear", weight, target, p, mask)
-    _check_choice("mix_linear", "backend", backend, (None, "reference", *backends.KERNELS))
-    _check_choice("mix_linear", "schedule", schedule, (None, "fused", "staged"))
-    _check_linear(input, weight, bias)
-    if not training or p == 0:
+    checks.mixout("mix_linear", weight, target, p, mask, grad_p, rescale)
+    checks.choice("mix_linear", "backend", backend, backends.BACKENDS)
+    checks.choice("mix_linear", "schedule", schedule, backends.SCHEDULES)
+    checks.linear("mix_linear", input, weight, bias, _autocast_enabled)
+    if not training or (p == 0 and grad_p == 0):
         return F.linear(input, weight, bias)
 
-    seed = _seed_tensor("mix_linear", seed, input.device)
-    y, _ = sampled_linear(input, weight, target, bias, p, mask, seed, paper_gradient, backend, schedule)
-    return y
+    draw = Draw(checks.seed_tensor("mix_linear", seed, input.device), p, strides_of(mask, weight.shape))
+    phi = MixedWeight(weight, target, None, draw)
+    gradient = GradientMask.of(p, grad_p, rescale=rescale, paper_gradient=paper_gradient)
+    return sampled_linear(input, phi, bias, gradient, backend=backend, schedule=schedule)[0]
 
 
 def sampled_linear(
     input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
+    phi: MixedWeight,
     bias: Tensor | None,
-    p: float,
-    mask: str,
-    seed: Tensor,
-    paper_gradient: bool = False,
+    gradient: GradientMask,
+    *,
+    kept_input: Tensor | None = None,
     backend: str | None = None,
     schedule: str | None = None,
-    mixed: Tensor | None = None,
-    kept_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`mix_linear` of checked arguments and a drawn seed; returns y and x[:, kept] (None from the reference).
+    """:func:`mix_linear` of checked arguments and a draw; returns y and x[:, kept] (None from the reference).
 
-    ``mixed`` (Phi in the compute dtype) and ``kept_input`` are used where the caller has them already.
+    ``phi.operand`` (Phi in the compute dtype) and ``kept_input`` are used where the caller has them already.
     """
-    device = input.device.type
     dtype = compute_dtype(input)
     if input.dtype != dtype:
         input = input.to(dtype)
     if bias is not None:
-        bias = bias.to(dtype).contiguous()  # a fused product reads it by its address
-    target_dtype = weight.dtype if target is None else target.dtype
-    chosen = _choose(backend, schedule, device, weight.dtype, target_dtype, dtype)
-    if chosen == "reference":
-        y = reference.mix_linear(input, weight, target, bias, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient)
-        return y, None
-    return ops.mix_linear(
-        input,
-        weight,
-        target,
-        bias,
-        seed,
-        mixed,
-        kept_input,
-        float(p),
-        mask,
-        paper_gradient,
-        _saved_columns(weight, p, mask),
-        chosen,
-        schedule or "auto",
-    )
+        bias = bias.to(dtype).contiguous()  # a fused GEMM reads it by its address
+    weight, target, operand, draw = phi
+    backend, schedule = backends.selected(backend, schedule)
+    chosen = _choose(backend, schedule, weight, target, dtype)
+    if chosen == "reference" or weight.numel() == 0 or input.numel() == 0:
+        return F.linear(input, reference.mixed_weight(*phi, gradient, dtype), bias), None
+    # Where nothing is mixed the product has its operand already. What follows, backends included, has p < 1.
+    if operand is None and draw.p == 0:
+        operand = weight.detach().to(dtype)
+    elif operand is None and draw.p == 1:
+        operand = torch.zeros_like(weight, dtype=dtype) if target is None else target.to(dtype)
+    q, scale = gradient
+    wanted = WeightGradient(draw.at(q), scale, _saved_width(weight, draw, q))
+    phi = MixedWeight(weight, target, operand, draw)
+    return ops.mix_linear(input, phi, bias, kept_input, wanted, chosen, schedule or "auto")
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes: autocast's where autocast would cast this input, or the input's."""
-    device = input.device.type
-    if _autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _autocast_enabled(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
-def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+# Asked once: Dynamo before torch 2.12 cannot trace is_autocast_available.
+_HAS_AUTOCAST = {device: torch.amp.is_autocast_available(device) for device in ("cpu", "cuda", "xpu", "mps")}
+
+
+def _autocast_enabled(input: Tensor) -> bool:
+    device = input.device.type
+    return _HAS_AUTOCAST.get(device, False) and torch.is_autocast_enabled(device)
 
 
 def mixout(
@@ -148,7 +152,10 @@ def mixout(
     target: Tensor | None,
     *,
     p: float,
+    grad_p: float = 0.0,
+    rescale: bool = True,
     mask: Mask = "neuron",
+    axis: int | None = None,
     training: bool = True,
     seed: int | Tensor | None = None,
     paper_gradient: bool = False,
@@ -157,31 +164,37 @@ def mixout(
     """The mixed weight ``Phi = u + M * (w - u) / (1 - p)`` (paper, eq. 4) of any parameter, for layers of your own.
 
     Args:
-        weight: w, of one dimension or more. ``mask="neuron"`` decides once per index on axis 1, the input features of
-            a Linear, an Embedding or a convolution; ``mask="weight"``, or a 1-D weight, once per element.
+        weight: w, of one dimension or more. ``mask="neuron"`` decides once per index on ``axis``, ``mask="output"``
+            once per index on axis 0, ``mask="weight"`` once per element, ``mask="layer"`` once.
         target: u, the weight's shape, frozen; None is zero.
-        p, mask, training, seed, paper_gradient, backend: as in :func:`mix_linear`.
+        axis: that of the input features. None is axis 1, where a Linear, an Embedding or a convolution has them (0 for
+            a 1-D weight). Experts in one tensor ``[expert, out, in]`` want 2, XLNet's ``[in, head, size]`` 0.
+        p, grad_p, rescale, mask, training, seed, paper_gradient, backend: as in :func:`mix_linear`.
 
     Returns:
-        A tensor of the weight's shape and dtype; ``weight`` itself in eval mode or for p = 0.
+        A tensor of the weight's shape and dtype; ``weight`` itself in eval mode, and where p and grad_p are 0.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`mix_linear`.
     """
-    check_mixout("mixout", weight, target, p, mask)
-    _check_choice("mixout", "backend", backend, (None, "reference", *backends.KERNELS))
-    if not training or p == 0:
+    checks.mixout("mixout", weight, target, p, mask, grad_p, rescale)
+    checks.axis("mixout", axis, weight.dim())
+    checks.choice("mixout", "backend", backend, backends.BACKENDS)
+    if not training or (p == 0 and grad_p == 0):
         return weight
-    seed = _seed_tensor("mixout", seed, weight.device)
-    target_dtype = weight.dtype if target is None else target.dtype
-    chosen = _choose(backend, None, weight.device.type, weight.dtype, target_dtype, weight.dtype)
-    if chosen == "reference":
-        return reference.mixout(weight, target, p=p, mask=mask, seed=seed, paper_gradient=paper_gradient)
-    scale = ops.gradient_scale(p, paper_gradient=False)
-    return ops.mixout_op(weight, target, seed, float(p), scale, ops.gradient_scale(p, paper_gradient), mask, chosen)
+    draw = Draw(checks.seed_tensor("mixout", seed, weight.device), p, strides_of(mask, weight.shape, axis))
+    gradient = GradientMask.of(p, grad_p, rescale=rescale, paper_gradient=paper_gradient)
+    chosen = _choose(backends.selected(backend, None).backend, None, weight, target, weight.dtype)
+    if chosen == "reference" or gradient.q == 1 or weight.numel() == 0:
+        return reference.mixed_weight(weight, target, None, draw, gradient, weight.dtype)
+    if p == 0:
+        target = None  # Phi is w, whatever the target; w * 1 is w bit for bit
+    return ops.mixout(weight, target, draw, draw.scale, gradient, chosen)
 
 
-def keep_mask(seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask = "neuron") -> Tensor:
+def keep_mask(
+    seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask = "neuron", axis: int | None = None
+) -> Tensor:
     """The mask that the kernels use for a weight of this shape: True where the trainable weight is kept.
 
     .. code-block:: text
@@ -191,129 +204,47 @@ def keep_mask(seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask 
 
     Args:
         seed: an int (the mask is then on the CPU), or an int64 tensor with one element.
-        p: the mix probability: an entry is kept with probability 1 - p.
+        p: the probability that an entry is dropped: of a layer's p for its mix, q for its gradient.
         shape: the weight's shape.
-        mask: "neuron": i is the index on axis 1; "weight": i is the row-major index.
+        mask: "neuron": i is the index on ``axis``; "weight": the row-major index; "output": the index on axis 0;
+            "layer": 0.
+        axis: as in :func:`mixout`.
 
     Returns:
-        bool, ``[shape[1]]`` for "neuron", ``shape`` for "weight" and for a 1-D shape.
+        bool, of the dimensions that have decisions of their own: ``[in]`` for "neuron", ``shape`` for "weight",
+        ``[out]`` for "output", ``[]`` for "layer".
     """
-    _check_probability("keep_mask", p)
-    _check_choice("keep_mask", "mask", mask, ("neuron", "weight"))
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"keep_mask: shape: expected a sequence of sizes, got {type(shape).__name__}")
-    shape = tuple(shape)
-    if not shape or any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"keep_mask: shape: expected one or more sizes >= 0, got {shape}")
+    checks.probability("keep_mask", "p", p)
+    checks.kind("keep_mask", mask)
+    sizes = checks.shape("keep_mask", shape)
+    checks.axis("keep_mask", axis, len(sizes))
     if seed is None:
         raise TypeError("keep_mask: seed: expected an int or an int64 tensor, got None")
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
-    seed = _seed_tensor("keep_mask", seed, device)
-    chosen = backends.choose(None, None, device.type, *[torch.float32] * 3)
-    if chosen == "reference":
-        return reference.keep_mask(seed, p=p, shape=shape, mask=mask)
-    return backends.load(chosen).keep_mask(seed, float(p), shape, mask)
+    seed = checks.seed_tensor("keep_mask", seed, device)
+    strides = strides_of(mask, sizes, axis)
+    own = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if stride]
+    kept_sizes, draw = [size for size, _ in own], Draw(seed, p, tuple(stride for _, stride in own))
+    chosen = backends.choose(backends.selected(None, None).backend, None, device.type, *[torch.float32] * 3)
+    if chosen == "reference" or p == 1 or 0 in kept_sizes:
+        return reference.decisions(draw, kept_sizes)
+    return backends.load(chosen).keep_mask(draw, kept_sizes)
 
 
-def check_mixout(name: str, weight: Tensor, target: Tensor | None, p: float, mask: str) -> None:
-    """Raises the errors that a call with these would raise; for modules, which hold them long before the first call."""
-    _check_probability(name, p)
-    _check_choice(name, "mask", mask, ("neuron", "weight"))
-    _check_weight_and_target(name, weight, target)
-
-
-def _choose(backend: str | None, *inputs: Any) -> str:
+def _choose(
+    backend: str | None, schedule: str | None, weight: Tensor, target: Tensor | None, compute: torch.dtype
+) -> str:
     # torch.func transforms plain PyTorch only, and forward-mode derivatives are not the kernels'.
     if backend is None and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return "reference"
-    return backends.choose(backend, *inputs)
+    target_dtype = weight.dtype if target is None else target.dtype
+    return backends.choose(backend, schedule, weight.device.type, weight.dtype, target_dtype, compute)
 
 
-def _saved_columns(weight: Tensor, p: float, mask: str) -> int | None:
-    """How much of x[:, kept] the operator is to return for backward; see ``backends``."""
-    if mask == "weight" or not (torch.is_grad_enabled() and weight.requires_grad):
+def _saved_width(weight: Tensor, draw: Draw, q: float) -> int | None:
+    """The columns of x[:, kept] that the operator is to return for backward; see ``backends.WeightGradient``."""
+    if q == 1 or not draw.by_column or not (torch.is_grad_enabled() and weight.requires_grad):
         return 0
     if weight.device.type == "cpu" and not torch.compiler.is_compiling():
         return None  # the host knows the mask, so it can save exactly the kept columns
-    return ops.column_capacity(weight.shape[1], p)
-
-
-def _seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(
-                f"{name}: seed: expected an int64 tensor with one element, got {seed.dtype} {list(seed.shape)}"
-            )
-        if seed.device != device:
-            raise ValueError(f"{name}: seed: expected a tensor on {device}, got one on {seed.device}")
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{name}: seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name}: seed: expected 64 bits, got {seed}")
-    return torch.full((1,), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
-
-
-def _check_probability(name: str, p: float) -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name}: p: expected a number in [0, 1], got {type(p).__name__}")
-    if not 0 <= p <= 1:  # also NaN
-        raise ValueError(f"{name}: p: expected a number in [0, 1], got {p}")
-
-
-def _check_choice(name: str, argument: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {argument}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_tensor(name: str, argument: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: {argument}: expected a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: {argument}: expected a floating-point tensor, got {value.dtype}")
-
-
-def _check_weight_and_target(name: str, weight: Tensor, target: Tensor | None) -> None:
-    _check_tensor(name, "weight", weight)
-    if weight.dim() == 0:
-        raise ValueError(f"{name}: weight: expected one dimension or more, got a scalar")
-    if target is None:
-        return
-    _check_tensor(name, "target", target)
-    if target.shape != weight.shape:
-        raise ValueError(f"{name}: target: expected the weight's shape {list(weight.shape)}, got {list(target.shape)}")
-    if target.device != weight.device:
-        raise ValueError(f"{name}: target: expected the weight's device {weight.device}, got {target.device}")
-    if target.dtype != weight.dtype and target.dtype.itemsize >= weight.dtype.itemsize:
-        raise TypeError(
-            f"{name}: target: expected the weight's dtype {weight.dtype} or a narrower one, got {target.dtype}"
-        )
-    if target.requires_grad:
-        raise ValueError(f"{name}: target: expected a frozen tensor, got one that requires grad; use target.detach()")
-
-
-def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_tensor("mix_linear", "input", input)
-    if weight.dim() != 2:
-        raise ValueError(f"mix_linear: weight: expected [out, in], got {list(weight.shape)}")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"mix_linear: input: expected [..., {weight.shape[1]}] for a weight {list(weight.shape)}, "
-            f"got {list(input.shape)}"
-        )
-    if input.device != weight.device:
-        raise ValueError(f"mix_linear: input: expected the weight's device {weight.device}, got {input.device}")
-    autocast = _autocast_enabled(input.device.type)
-    if input.dtype != weight.dtype and not autocast:
-        raise TypeError(f"mix_linear: input: expected the weight's dtype {weight.dtype}, got {input.dtype}")
-    if bias is None:
-        return
-    _check_tensor("mix_linear", "bias", bias)
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"mix_linear: bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-    if bias.device != weight.device:
-        raise ValueError(f"mix_linear: bias: expected the weight's device {weight.device}, got {bias.device}")
-    if bias.dtype != weight.dtype and not autocast:
-        raise TypeError(f"mix_linear: bias: expected the weight's dtype {weight.dtype}, got {bias.dtype}")
+    return column_capacity(weight.shape[1], q)

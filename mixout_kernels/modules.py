@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import Mask, check_mixout, mix_linear
+from . import checks
+from .functional import Mask, mix_linear
 
 
 class MixLinear(nn.Linear):
@@ -166,7 +167,7 @@ def frozen_copy(weight: Tensor) -> Tensor:
 
 
 def _set_mixout(module: MixLinear | MixConv1D, weight: Tensor, p: float, target: Tensor | None, mask: Mask) -> None:
-    check_mixout(type(module).__name__, weight, target, p, mask)
+    checks.mixout(type(module).__name__, weight, target, p, mask)
     module.p, module.mask = p, mask
     module.register_buffer("target", target, persistent=False)
 

@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import backends, host_memory
+from .backends import MixedWeight
+from .draws import Draw, GradientMask, strides_of
 from .functional import compute_dtype, sampled_linear
 from .modules import MixConv1D, MixLinear
 from .targets import step_taken
@@ -232,8 +234,10 @@ class MixSampler:
                     mixed = [slot.mixed for slot in piece if slot.mixed is not None]
                     operands = [slot.operands(target) for slot, target in zip(piece, targets, strict=True)]
                     weights, targets = (list(tensors) for tensors in zip(*operands, strict=True))
-                    seeds = torch.cat([slot.seed for slot in piece])
-                    backends.load(backend).mixout_list(mixed, weights, targets, seeds, p, mask)
+                    draws = [
+                        Draw(slot.seed, p, strides_of(mask, w.shape)) for slot, w in zip(piece, weights, strict=True)
+                    ]
+                    backends.load(backend).mixout_list(mixed, weights, targets, draws)
                     # Written behind autograd's back: a backward that needs the old Phi must fail, not use the new.
                     torch.autograd.graph.increment_version(mixed)
 
@@ -332,7 +336,8 @@ class _Slot:
         alone = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if alone or (moved and weight.device != layer.weight.device):
             seed, target = self.seed.to(weight.device), host_memory.beside(weight, target)
-            return sampled_linear(input, weight, target, bias, layer.p, layer.mask, seed)[0]
+            phi = MixedWeight(weight, target, None, Draw(seed, layer.p, strides_of(layer.mask, weight.shape)))
+            return sampled_linear(input, phi, bias, GradientMask.of(layer.p))[0]
         if moved:
             sampler.follow(self)
         dtype = compute_dtype(input)
@@ -342,9 +347,8 @@ class _Slot:
             target = None if mixed is not None else host_memory.beside(weight, target)
         share = self.shared.siblings > 1 and not input.is_inference()
         x, kept = self.shared.get(input, dtype, sampler.draws) if share else (input, None)
-        y, gathered = sampled_linear(
-            x, weight, target, bias, layer.p, layer.mask, self.seed, mixed=mixed, kept_input=kept
-        )
+        phi = MixedWeight(weight, target, mixed, Draw(self.seed, layer.p, strides_of(layer.mask, weight.shape)))
+        y, gathered = sampled_linear(x, phi, bias, GradientMask.of(layer.p), kept_input=kept)
         if share:
             if kept is None and gathered is not None and gathered.numel() > 0:
                 self.shared.put(input, dtype, sampler.draws, x, gathered)
@@ -395,7 +399,8 @@ class _Slot:
         premix = self.sampler.premix
         if premix is not False and self.dtype is not None and self.layer.p not in (0, 1) and not zero_columns:
             target_dtype = weight.dtype if target is None else target.dtype
-            backend = backends.choose(None, None, weight.device.type, weight.dtype, target_dtype, self.dtype)
+            name, schedule = backends.selected(None, None)
+            backend = backends.choose(name, schedule, weight.device.type, weight.dtype, target_dtype, self.dtype)
             if premix is None and backend != "reference" and not backends.load(backend).premixing_pays(self.dtype):
                 backend = "reference"
         if backend == "reference":

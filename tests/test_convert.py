@@ -207,7 +207,11 @@ def test_a_model_without_linears_raises():
     [
         ({"p": 1.5}, ValueError, r"p: expected a number in \[0, 1\], got 1.5"),
         ({"p": "0.5"}, TypeError, "p: expected a number"),
-        ({"p": 0.5, "mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'row'"),
+        (
+            {"p": 0.5, "mask": "row"},
+            ValueError,
+            "mask: expected one of 'neuron', 'weight', 'output', 'layer', got 'row'",
+        ),
         ({"p": 0.5, "include": "query"}, TypeError, "include: expected a list of patterns, got the string 'query'"),
         ({"p": 0.5, "exclude": "query"}, TypeError, "exclude: expected a list of patterns, got the string 'query'"),
         ({"p": 0.5, "exclude": None}, TypeError, "exclude: expected a list of patterns, got None"),

@@ -9,6 +9,7 @@ from torch import nn
 
 import mixout_kernels as mk
 from mixout_kernels import backends
+from mixout_kernels.backends import choice
 
 X, W, U, B = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(5, 4), torch.ones(5)
 NAN = float("nan")
@@ -73,8 +74,8 @@ BOTH = [
     ({"p": "0.5"}, TypeError, "p: expected a number in [0, 1], got str"),
     ({"p": True}, TypeError, "p: expected a number in [0, 1], got bool"),
     ({"p": None}, TypeError, "p: expected a number in [0, 1], got NoneType"),
-    ({"mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'row'"),
-    ({"mask": None}, ValueError, "mask: expected one of 'neuron', 'weight', got None"),
+    ({"mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got 'row'"),
+    ({"mask": None}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got None"),
     (
         {"backend": "gpu"},
         ValueError,
@@ -123,7 +124,7 @@ def test_arguments_are_checked_in_eval_mode_too(options):
 KEEP_MASK = [
     ({"p": 2}, ValueError, "p: expected a number in [0, 1], got 2"),
     ({"p": NAN}, ValueError, "p: expected a number in [0, 1], got nan"),
-    ({"mask": "column"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'column'"),
+    ({"mask": "column"}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got 'column'"),
     ({"shape": 10}, TypeError, "shape: expected a sequence of sizes, got int"),
     ({"shape": ()}, ValueError, "shape: expected one or more sizes >= 0, got ()"),
     ({"shape": (3, -1)}, ValueError, "shape: expected one or more sizes >= 0, got (3, -1)"),
@@ -146,7 +147,7 @@ def test_keep_mask_needs_a_seed():
 
 MODULE = [
     ({"p": 1.5}, ValueError, "p: expected a number in [0, 1], got 1.5"),
-    ({"p": 0.5, "mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', got 'row'"),
+    ({"p": 0.5, "mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got 'row'"),
     ({"p": 0.5, "target": U}, ValueError, "target: expected the weight's shape [2, 3], got [5, 4]"),
 ]
 
@@ -179,7 +180,7 @@ def test_a_backend_that_is_passed_over_is_mentioned_only_if_none_is_left(monkeyp
     """Whoever uses Triton alone need not hear that the CUDA kernels were not built."""
     dtypes = [torch.float32] * 3
     monkeypatch.setitem(backends.PREFERENCE, "cpu", ("nowhere", "reference"))
-    monkeypatch.setattr(backends, "_reason_against", lambda name, *_: "not built" if name == "nowhere" else None)
+    monkeypatch.setattr(choice, "_reason_against", lambda name, *_: "not built" if name == "nowhere" else None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose(None, None, "cpu", *dtypes) == "reference"
@@ -211,10 +212,10 @@ def test_without_avx_512_the_cpu_backend_is_staged(case, monkeypatch):
     x, w, options = torch.randn(64, 300), torch.randn(70, 300), {"p": 0.5, "seed": 1, "mask": "weight"}
     fused, staged = (mk.mix_linear(x, w, None, **options, schedule=name) for name in ("fused", "staged"))
     monkeypatch.setattr(backends.load("cpu")._C, "cpu_product_available", lambda: False)
-    backends._reason_against.cache_clear()
+    choice._reason_against.cache_clear()
     with pytest.raises(RuntimeError, match=r"but for torch.float32 it has the schedules staged here, got schedule='fu"):
         linear(backend="cpu", schedule="fused")
-    backends._reason_against.cache_clear()
+    choice._reason_against.cache_clear()
     y = mk.mix_linear(x, w, None, **options, backend="cpu")
     assert torch.equal(y, staged)
     assert not torch.equal(y, fused)

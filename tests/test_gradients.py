@@ -137,7 +137,7 @@ def test_forward_mode(device, with_sampler):
     layer, (x, dx) = model[0], torch.randn(2, 5, 20, dtype=torch.float64, device=device)
     layer.target.add_(1)
     if not with_sampler:
-        layer.slot = lambda *arguments: mk.mix_linear(*arguments, p=0.5, seed=1)
+        layer.slot = lambda *arguments: mk.mix_linear(*arguments, p=0.5, seed=1)  # the same mask in both calls
     with forward_ad.dual_level():
         y, dy = forward_ad.unpack_dual(model(forward_ad.make_dual(x, dx)))
     torch.testing.assert_close(y, model(x))

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import mixout_kernels as mk
-from mixout_kernels import backends
+from mixout_kernels import draws
 
 SEEDS = [0, 1, -1, 12345, 2**63 - 1, -(2**63), 2**63 + 5, 2**64 - 1]
 PROBABILITIES = [0.0, 1e-12, 1e-9, 0.1, 0.5, 0.7, 0.999, math.nextafter(1.0, 0.0), 1.0]
 # 1024 and 16384 are block and thread sizes of the CPU loops; the others leave remainders of every kind.
 LENGTHS = [1, 2, 3, 5, 63, 100, 1023, 1024, 1025, 16385]
-MASKS = ["neuron", "weight"]
+MASKS = list(draws.KINDS)
 
 
 def signed(seed):
@@ -21,8 +21,10 @@ def signed(seed):
 
 
 def backend_mask(case, seed, p, shape, mask):
+    """What ``mk.keep_mask`` asks this backend for: the decisions of the dimensions that have their own."""
     seed = torch.tensor([signed(seed)], dtype=torch.int64, device=case.device)
-    return backends.load(case.backend).keep_mask(seed, p, shape, mask).cpu()
+    with mk.kernels(backend=case.backend):
+        return mk.keep_mask(seed, p=p, shape=shape, mask=mask).cpu()
 
 
 def reference_mask(seed, p, shape, mask="neuron"):
@@ -76,7 +78,8 @@ def test_public_function(device, mask):
         keep = mk.keep_mask(seed, p=0.4, shape=shape, mask=mask)
         assert keep.device == seed.device
         assert keep.dtype == torch.bool
-        assert keep.shape == (shape if mask == "weight" or len(shape) == 1 else shape[1:2])
+        own = {"weight": shape, "neuron": shape[1:2] or shape, "output": shape[:1], "layer": ()}
+        assert keep.shape == own[mask]
         assert torch.equal(keep.cpu(), reference_mask(77, 0.4, shape, mask))
 
 

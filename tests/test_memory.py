@@ -36,7 +36,7 @@ def saved_columns(problem, case):
     """Exactly the kept ones, or a capacity where their number must not be read back from the device."""
     if case.device == "cpu":
         return int(problem.keep[0].sum())
-    return mk.ops.column_capacity(problem.w.shape[1], problem.p)
+    return mk.draws.column_capacity(problem.w.shape[1], problem.p)
 
 
 def nbytes(tensors):

@@ -4,22 +4,26 @@ import pytest
 import torch
 
 import mixout_kernels as mk
-from mixout_kernels import ops
+from mixout_kernels import draws, ops
 
 from . import budget
 
-MASKS = ["neuron", "weight"]
+MASKS = list(draws.KINDS)
 
 
 def check(operator, arguments):
     torch.library.opcheck(operator, arguments)
 
 
-def linear_arguments(case, problem, saved_columns, *, mixed=None, kept_input=None):
+def settings_of(case, problem, width):
+    strides = draws.strides_of(problem.mask, problem.w.shape)
+    return ops.Settings(problem.p, strides, 0, *draws.GradientMask.of(problem.p), width, case.backend, "auto")
+
+
+def linear_arguments(case, problem, width, *, operand=None, kept_input=None):
     x, w, b = budget.leaves(problem)
     seed = torch.tensor([problem.seed], dtype=torch.int64, device=case.device)
-    settings = problem.p, problem.mask, False, saved_columns, case.backend, "auto"
-    return x, w, problem.u, b, seed, mixed, kept_input, *settings
+    return x, w, problem.u, b, operand, kept_input, seed, *settings_of(case, problem, width)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -28,19 +32,22 @@ def linear_arguments(case, problem, saved_columns, *, mixed=None, kept_input=Non
 def test_mixout(case, mask, target, shape):
     w, u = torch.randn(2, *shape, device=case.device)
     seed = torch.tensor([3], dtype=torch.int64, device=case.device)
-    arguments = (w.requires_grad_(), u if target else None, seed, 0.5, 2.0, 2.0, mask, case.backend)
+    strides = draws.strides_of(mask, shape)
+    arguments = (w.requires_grad_(), u if target else None, seed, 0.5, strides, 0, 2.0, 0.5, 2.0, case.backend)
     check(ops.mixout_op, arguments)
 
 
 @pytest.mark.parametrize(
-    ("mask", "saved_columns"), [("weight", 0), ("neuron", 16), ("neuron", 40), ("neuron", None)], ids=str
+    ("mask", "width"),
+    [("weight", 0), ("output", 0), ("layer", 0), ("neuron", 16), ("neuron", 40), ("neuron", None)],
+    ids=str,
 )
 @pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
-def test_mix_linear(case, mask, saved_columns, target):
-    if saved_columns is None and case.device != "cpu":
+def test_mix_linear(case, mask, width, target):
+    if width is None and case.device != "cpu":
         pytest.skip("exactly the kept columns are saved on the CPU only: their number is in the seed's value")
     problem = budget.random_problem((2, 3), 40, 6, device=case.device, p=0.75, mask=mask, target=target)
-    check(ops.mix_linear_op, linear_arguments(case, problem, saved_columns))
+    check(ops.mix_linear_op, linear_arguments(case, problem, width))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -57,10 +64,10 @@ def test_mix_linear_without_a_gradient_of_the_weight(case, mask, bias):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_mix_linear_backward(case, mask, needs, transposed):
     problem = budget.random_problem((2, 3), 40, 6, device=case.device, p=0.75, mask=mask, transposed=transposed)
-    x, w, u, _, seed, *_ = linear_arguments(case, problem, 0)
-    saved = ops.mix_linear_op(*linear_arguments(case, problem, 32))[1] if mask == "neuron" else x
-    settings = problem.p, mask, False, needs, case.backend, "auto"
-    check(ops.mix_linear_backward_op, (problem.g, saved.detach(), w.detach(), u, seed, None, *settings))
+    width = 32 if mask == "neuron" else 0
+    x, w, u, _, _, _, seed, *settings = linear_arguments(case, problem, width)
+    saved = ops.mix_linear_op(*linear_arguments(case, problem, width))[1] if width else x
+    check(ops.mix_linear_backward_op, (problem.g, saved.detach(), w.detach(), u, None, seed, *settings, needs))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -71,15 +78,15 @@ def test_what_a_sampler_hands_in(case, mask):
     phi = mk.mixout(problem.w, problem.u, p=problem.p, mask=mask, seed=problem.seed, backend=case.backend)
     capacity = 32 if mask == "neuron" else 0
     kept = ops.mix_linear_op(*linear_arguments(case, problem, capacity))[1].detach() if capacity else None
-    handed_in = {"mixed": phi, "kept_input": kept}
-    arguments = linear_arguments(case, problem, 0, **handed_in)
+    handed_in = {"operand": phi, "kept_input": kept}
+    arguments = linear_arguments(case, problem, capacity, **handed_in)
     y, saved = ops.mix_linear_op(*arguments)
     y.backward(problem.g)
     assert saved.numel() == 0
     assert torch.equal(y, expected.y)
     for leaf, name in ((0, "dx"), (1, "dw"), (3, "db")):
         assert torch.equal(arguments[leaf].grad, getattr(expected, name)), name
-    check(ops.mix_linear_op, linear_arguments(case, problem, 0, **handed_in))
+    check(ops.mix_linear_op, linear_arguments(case, problem, capacity, **handed_in))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -88,7 +95,7 @@ def test_the_operator_equals_the_function(case, mask, target):
     """The public function goes past the dispatcher; the registered operator is what a compiled graph runs."""
     problem = budget.random_problem((6,), 40, 6, device=case.device, p=0.75, mask=mask, target=target, integers=True)
     expected = budget.ours(problem, case.backend)
-    arguments = linear_arguments(case, problem, 0 if mask == "weight" else ops.column_capacity(40, 0.75))
+    arguments = linear_arguments(case, problem, draws.column_capacity(40, 0.75) if mask == "neuron" else 0)
     y = ops.mix_linear_op(*arguments)[0]
     y.backward(problem.g)
     assert torch.equal(y, expected.y)
@@ -96,7 +103,7 @@ def test_the_operator_equals_the_function(case, mask, target):
         assert torch.equal(arguments[leaf].grad, getattr(expected, name)), name
 
 
-def test_saved_columns_are_the_kept_ones(case):
+def test_width_are_the_kept_ones(case):
     problem = budget.random_problem((2, 3), 40, 6, device=case.device, p=0.75)
     kept = problem.x.reshape(6, 40)[:, problem.keep[0]]
     for capacity in (40, 32, None):
@@ -131,12 +138,12 @@ def test_a_draw_beyond_the_capacity_is_memory_safe(case, target):
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.7, 0.9, 0.999])
 def test_capacity_is_seven_standard_deviations(in_features, p):
     mean, sigma = in_features * (1 - p), (in_features * p * (1 - p)) ** 0.5
-    capacity = ops.column_capacity(in_features, p)
+    capacity = draws.column_capacity(in_features, p)
     assert capacity == in_features or (capacity >= mean + 7 * sigma and capacity % 16 == 0)
     assert capacity < mean + 7 * sigma + 16
 
 
 def test_a_gradient_that_was_not_prepared_for_is_an_error(case):
     problem = budget.random_problem((2, 3), 40, 6, device=case.device, p=0.75)
-    with pytest.raises(RuntimeError, match="weight requires grad, but saved_columns=0"):
+    with pytest.raises(RuntimeError, match="weight requires grad, but width=0"):
         ops.mix_linear_op(*linear_arguments(case, problem, 0))

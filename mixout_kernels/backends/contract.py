@@ -16,7 +16,7 @@ from ..draws import Draw
 
 
 class MixedWeight(NamedTuple):
-    """The weight that a product reads: ``operand`` where the caller has it already, else mixed from w and u by ``draw``.
+    """The weight that a product reads: ``operand`` where the caller has it already, else mixed from w and u by draw.
 
     ``weight`` and ``target`` are ``[out, in]`` in any memory layout (a transposed view of ``[in, out]`` costs nothing
     extra), ``target`` None is zero. ``operand`` is ``[out, in]`` in the compute dtype: Phi made ahead by

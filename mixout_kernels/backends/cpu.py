@@ -7,7 +7,6 @@ was measured (docs/performance.md), so it is what "auto" takes where it can.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _extension
+from ..draws import Draw
+from .contract import MixedWeight, WeightGradient
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
@@ -45,71 +46,71 @@ def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, co
     return None
 
 
-def keep_mask(seed: Tensor, p: float, shape: Sequence[int], mask: str) -> Tensor:
-    if mask == "neuron" and len(shape) > 1:
-        return _C.cpu_keep_mask(seed, p, shape[1])
-    return _C.cpu_keep_mask(seed, p, math.prod(shape)).view(*shape)
+def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
+    return _C.cpu_keep_mask(draw.seed, draw.p, max(1, _numel(shape))).view(*shape)
 
 
-def mixout(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, scale: float, mask: str) -> Tensor:
-    return _C.cpu_mixout(weight, target, seed, p, scale, mask == "weight")
+def _numel(shape: Sequence[int]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
+
+
+def _per_weight(draw: Draw) -> bool:
+    if draw.by_column or (len(draw.strides) > 2 and draw.strides[0] == 0):
+        return False
+    if draw.strides[0] == 0 or draw.strides[-1] == 0:
+        raise NotImplementedError(draw.strides)
+    return True
+
+
+def mixout(weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
+    return _C.cpu_mixout(weight, target, draw.seed, draw.p, factor, _per_weight(draw))
 
 
 def mixout_list(
-    outs: list[Tensor],
-    weights: list[Tensor],
-    targets: list[Tensor | None],
-    seeds: Tensor,
-    p: float,
-    mask: str,
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    draws: Sequence[Draw],
 ) -> None:
-    _C.cpu_mixout_list(outs, weights, targets, seeds, p, mask == "weight")
+    for out, weight, target, draw in zip(outs, weights, targets, draws, strict=True):
+        _C.cpu_mixout_list([out], [weight], [target], draw.seed, draw.p, _per_weight(draw))
+
+
+def _operand(phi: MixedWeight, q: float, dtype: torch.dtype) -> Tensor | None:
+    if phi.operand is not None or phi.draw.p == q:
+        return phi.operand
+    out = torch.empty_like(phi.weight, dtype=dtype)
+    mixout_list([out], [phi.weight], [phi.target], [phi.draw])
+    return out
 
 
 def mix_linear(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor,
-    p: float,
-    mask: str,
-    saved_columns: int | None,
-    schedule: str,
-    mixed: Tensor | None = None,
+    input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
-    fused = _is_fused(schedule, p, input.dtype)
-    return _C.cpu_mix_linear(input, weight, target, bias, seed, p, mask == "weight", saved_columns, mixed, fused)
+    mixed, draw = _operand(phi, gradient.draw.p, input.dtype), gradient.draw
+    fused = _is_fused(schedule, input.dtype)
+    return _C.cpu_mix_linear(
+        input, phi.weight, phi.target, bias, draw.seed, draw.p, _per_weight(draw), gradient.width, mixed, fused
+    )
 
 
 def mix_linear_backward(
     grad: Tensor,
     saved_input: Tensor,
-    weight: Tensor,
-    target: Tensor | None,
-    seed: Tensor,
-    p: float,
-    scale: float,
-    mask: str,
-    needs: Sequence[bool],
+    phi: MixedWeight,
+    gradient: WeightGradient,
+    needs: tuple[bool, bool, bool],
     schedule: str,
-    mixed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    mixed, draw = _operand(phi, gradient.draw.p, grad.dtype), gradient.draw
     return _C.cpu_mix_linear_backward(
-        grad,
-        saved_input,
-        weight,
-        target,
-        seed,
-        p,
-        scale,
-        mask == "weight",
-        tuple(needs),
-        mixed,
-        _is_fused(schedule, p, grad.dtype),
-    )
+        grad, saved_input, phi.weight, phi.target, draw.seed, draw.p, gradient.scale, _per_weight(draw), needs, mixed,
+        _is_fused(schedule, grad.dtype),
+    )  # fmt: skip
 
 
-def _is_fused(schedule: str, p: float, compute: torch.dtype) -> bool:
-    # p = 1 mixes nothing, and is F.linear(x, u, b) bit for bit.
-    return schedule != "staged" and p < 1 and "fused" in schedules(compute)
+def _is_fused(schedule: str, compute: torch.dtype) -> bool:
+    return schedule != "staged" and "fused" in schedules(compute)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _extension
-from ..schedule import choose
+from .gpu_linear import FUSED_MAX_ROWS
 
 EMULATED = os.environ.get("MIXOUT_KERNELS_CUDA_EMULATION") == "1"
 
@@ -187,7 +187,7 @@ def _is_fused(x: Tensor, weight: Tensor, target: Tensor | None, schedule: str) -
             return False
         if x.dtype == torch.float32 and x.shape[0] > _FUSED_MAX_ROWS_FLOAT32:
             return False
-    return choose(x.shape[0], schedule) == "fused"
+    return schedule == "fused" or x.shape[0] <= FUSED_MAX_ROWS
 
 
 def _mix_product(
