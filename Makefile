@@ -6,13 +6,19 @@ PY ?= $(VENV)/bin/python
 OUT ?= results
 ARGS ?=
 RESTARTS ?=
+TORCH ?=
+
+# Both ends of what is supported.
+OLDEST_TORCH := 2.8.0
+NEWEST_TORCH := 2.14.1
 
 ENVIRONMENT := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda lint format finetune bench bench-step codegen gpu sanitize clean
+.PHONY: help test test-core test-triton test-cuda test-torch lint format dist finetune bench bench-step codegen gpu
+.PHONY: sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,9 +31,11 @@ $(VENV)/.installed: requirements-dev.txt
 	$(VENV)/bin/python $(PIP_INSTALL) -r $<
 	touch $@
 
-# Without build isolation: the extension must be compiled against the torch that will load it.
+# Without build isolation: the extension must be compiled against the torch that will load it. Without kernels there is
+# nothing to test or to measure, so a build that is impossible is an error here.
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
-	PATH="$(abspath $(dir $(PY))):$$PATH" $(PY) $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(dir $(PY))):$$PATH" MIXOUT_KERNELS_CPU=1 \
+		$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	mkdir -p $(dir $@) && touch $@
 
 test: test-core test-triton test-cuda  ## the whole test suite, without a GPU
@@ -42,6 +50,10 @@ test-triton: $(BUILT)  ## the Triton kernels: executed by the interpreter, and c
 test-cuda: $(BUILT)  ## the CUDA kernels: executed on the host, and compiled for GPUs that need not be there
 	$(PY) -m pytest tests/cuda $(ARGS)
 
+test-torch:  ## the core suite beside another torch, in an environment of its own: make test-torch TORCH=2.8.0
+	@test -n "$(TORCH)" || { echo "make test-torch: which torch? TORCH=$(OLDEST_TORCH) or TORCH=$(NEWEST_TORCH), say"; exit 1; }
+	PYTHON=$(PYTHON) sh tools/test_torch.sh $(TORCH) $(ARGS)
+
 lint: $(ENVIRONMENT)  ## ruff, and mypy on the package
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -50,6 +62,13 @@ lint: $(ENVIRONMENT)  ## ruff, and mypy on the package
 format: $(ENVIRONMENT)  ## apply ruff's fixes and its format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# The wheel is built out of the source distribution, not out of this tree: what it needs and the sdist lacks is found.
+dist: $(ENVIRONMENT)  ## the source distribution and the wheel, in dist/: built, checked, installed and run
+	rm -rf dist
+	$(PY) -m build --no-isolation --sdist --outdir dist .
+	$(PY) tools/check_dist.py dist
+	$(PY) -m twine check --strict dist/*
 
 finetune: $(BUILT)  ## the main job: MiniLM fine-tuned with dropout and with mixout; ARGS=--help lists its options
 	$(PY) -m benchmarks.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
@@ -72,4 +91,4 @@ sanitize: $(BUILT)  ## the CUDA tests under compute-sanitizer, on a GPU
 	sh tests/cuda/sanitize.sh $(PY)
 
 clean:  ## remove what was built; the environment and the cache of downloads stay
-	rm -rf build results *.egg-info mixout_kernels/*.so
+	rm -rf build dist results site *.egg-info mixout_kernels/*.so

@@ -11,7 +11,14 @@ from types import ModuleType
 
 import torch
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps mixout_kernels (from its source folder: .)"
+
+def _build_command() -> str:
+    """In a clone the extension is built beside its sources, where python finds it inside the clone and outside."""
+    source = Path(__file__).parents[1]
+    if (source / "setup.py").is_file():
+        return f"pip install --no-build-isolation --no-deps --editable {source}"
+    # --no-binary: the wheel of a package index was compiled against one version of torch, perhaps not this one.
+    return "pip install --no-build-isolation --no-deps --force-reinstall --no-binary mixout_kernels mixout_kernels"
 
 
 @functools.cache
@@ -22,22 +29,21 @@ def load(name: str = "_C") -> tuple[ModuleType | None, str]:
     if spec is None or spec.origin is None:
         needed = "nvcc and a CUDA build of torch" if name == "_cuda" else "a C++ compiler, torch"
         return None, (
-            f"mixout_kernels, imported from {Path(__file__).parent}, has no compiled extension {name}. If this is its "
-            f"source folder, run python elsewhere, or install with --editable. To build it, have {needed} and ninja "
-            f"installed, then {REBUILD}"
+            f"mixout_kernels, imported from {Path(__file__).parent}, has no compiled extension {name}. To build it, "
+            f"have {needed} and ninja installed, then {_build_command()}"
         )
     # The version is read from the file's bytes first: after an upgrade, importing it may fail with an undefined
     # symbol, or worse, succeed and crash later.
     found = re.search(rb"mixout_kernels built for (\w+) ([^\0]+)\0", Path(spec.origin).read_bytes())
     library, version = (text.decode() for text in found.groups()) if found else ("torch", "unknown")
     if reason := _mismatch(library, version):
-        return None, f"the compiled extension {name} of mixout_kernels {reason}. To rebuild it: {REBUILD}"
+        return None, f"the compiled extension {name} of mixout_kernels {reason}. To rebuild it: {_build_command()}"
     try:
         return importlib.import_module(full_name), ""
     except ImportError as error:
         return None, (
             f"the compiled extension {name} of mixout_kernels was built for {library} {version} and does not load with "
-            f"torch {torch.__version__} ({error}). To rebuild it: {REBUILD}"
+            f"torch {torch.__version__} ({error}). To rebuild it: {_build_command()}"
         )
 
 

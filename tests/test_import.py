@@ -105,6 +105,14 @@ def test_without_the_extension(copied):
     assert_runs_on_the_reference(report, copied, "has no compiled extension _C")
 
 
+def test_the_source_folder_without_the_extension(copied):
+    """As after `pip install .` and python started in the clone: what is said builds it where it was looked for."""
+    (copied / "setup.py").touch()
+    report = json.loads(run(LAYER, path=copied))
+    command = f"pip install --no-build-isolation --no-deps --editable {re.escape(str(copied))}"
+    assert_runs_on_the_reference(report, copied, f"has no compiled extension _C.* then {command}")
+
+
 def test_with_an_extension_of_another_torch(copied, extension_file):
     """After an upgrade of torch: loading it may crash, so it must be refused before."""
     built, other = f"built for torch {torch.__version__.split('+')[0]}", "built for torch 1.99.0"

@@ -1,4 +1,7 @@
-"""setup.py on machines that miss something. Nothing is compiled here: ``make test`` itself builds the extension."""
+"""setup.py on machines that miss something, and what it distributes.
+
+Nothing is compiled here: ``make test`` itself builds the extension, ``make dist`` what is released.
+"""
 
 import os
 import shutil
@@ -7,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import mixout_kernels
+from tools import check_dist
 
 from .conftest import ROOT
 
@@ -33,6 +39,8 @@ def source(tmp_path):
 
 def setup(source, *arguments, path="", run=("setup.py",), **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC") and not k.startswith("MIXOUT_KERNELS_")}
+    # Beside a CUDA build of torch there would be a second notice. tests/cuda/test_build.py is about it.
+    inherited["MIXOUT_KERNELS_CUDA"] = "0"
     return subprocess.run(
         [sys.executable, *run, *(arguments or ("--name",))],
         capture_output=True,
@@ -115,3 +123,41 @@ def test_the_pure_python_package_is_whole(source, tmp_path):
     assert present - built == set(), "left out"
     assert built - present == set()
     assert str(Path("mixout_kernels") / "py.typed") in built
+
+
+def test_the_version_is_written_once(source):
+    """In the package, from where setup.py reads it without torch. What cannot read it is held to it here."""
+    done = setup(source, "--version", run=("-c", BLOCK_TORCH), MIXOUT_KERNELS_CPU="0")
+    assert (done.returncode, done.stdout.strip()) == (0, mixout_kernels.__version__), done.stderr
+    assert f"\nversion: {mixout_kernels.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{mixout_kernels.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone: what belongs to it is not known")
+@pytest.mark.parametrize("run", [("setup.py",), ("-c", BLOCK_TORCH)], ids=["torch", "no torch"])
+def test_the_source_distribution_is_whole(tmp_path, run):
+    """With torch or without it in the build environment, with the tests, and with every header of the kernels."""
+    source = tmp_path / "clone"
+    for name in check_dist.tracked_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    done = setup(source, "--quiet", "sdist", "--dist-dir", str(tmp_path), path=os.environ["PATH"], run=run)
+    assert done.returncode == 0, done.stderr
+    [sdist] = tmp_path.glob("*.tar.gz")
+    assert check_dist.problems_of_sdist(check_dist.files_of_sdist(sdist)) == []
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+@pytest.mark.parametrize("folder", ["inside", "outside"])
+def test_a_clone_installed_as_editable_has_its_kernels_everywhere(tmp_path, folder):
+    """`make` installs it so, and the README says so: the kernels lie beside the sources, wherever python is started."""
+    code = "from mixout_kernels import _extension; module, reason = _extension.load(); print(module.__file__, reason)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT if folder == "inside" else tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).parent == ROOT / "mixout_kernels"
