@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .draws import KINDS
+from .draws import KINDS, fresh_seed
 
 
 def mixout(
@@ -121,7 +121,7 @@ def linear(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, casts:
 def seed_tensor(name: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The seed as an int64 tensor with one element on this device; None draws one from torch's default generator."""
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        return fresh_seed(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Shape = Sequence[int]
@@ -46,6 +47,39 @@ KINDS: dict[str, Callable[[Shape, int], Strides]] = {
 def strides_of(kind: str, shape: Shape, axis: int | None = None) -> Strides:
     """The strides of this kind for a weight of this shape; ``axis`` is that of the input features (None: 1, if any)."""
     return KINDS[kind](shape, min(1, len(shape) - 1) if axis is None else axis)
+
+
+def fresh_seed(device: torch.device) -> Tensor:
+    """A seed from the device's default generator, so that ``torch.manual_seed`` governs the mask.
+
+    Where it is told to save less than everything (``torch._functorch.config.activation_memory_budget`` below 1), the
+    partitioner of compiled code recomputes random numbers in backward, and draws other ones there: the gradients were
+    those of another mask. What it never recomputes is a matrix product, so the seed goes through one.
+    """
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if not torch.compiler.is_compiling():
+        return seed
+    _check_random_numbers_are_saved()
+    # Halves of 32 bits are exact in float64, which autocast leaves alone. (A product with a side of 1 is taken apart.)
+    halves = torch.cat([seed >> 32, seed & 0xFFFFFFFF]).to(torch.float64)
+    high, low = (halves.expand(2, 2) @ torch.eye(2, dtype=torch.float64, device=device))[:1].to(torch.int64).unbind(1)
+    return high << 32 | low
+
+
+def _check_random_numbers_are_saved() -> bool:
+    from torch._functorch import config
+
+    if config.activation_memory_budget == 0:
+        raise RuntimeError(
+            "mixout_kernels: torch._functorch.config.activation_memory_budget: expected a budget above 0, got 0: it "
+            "recomputes every random number in backward, those of torch's dropout too, so that the mask of backward "
+            "would not be that of forward. Set a small budget, or give the model a MixSampler, which needs none"
+        )
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: that takes seconds.
+_check_random_numbers_are_saved._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Draw(NamedTuple):

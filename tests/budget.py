@@ -51,15 +51,29 @@ class Problem:
     p: float
     mask: str
     seed: int
+    grad_p: float = 0.0
+    rescale: bool = True
 
     @property
     def keep(self) -> Tensor:
         """The mask in the weight's shape, on the weight's device."""
-        return _reference_mask(self.seed, self.p, self.w.shape, self.mask).expand(self.w.shape).to(self.w.device)
+        return self._mask(self.p)
+
+    @property
+    def keep_gradient(self) -> Tensor:
+        """Where dw is not zero: the same words against q = 1 - (1 - p)(1 - grad_p)."""
+        return self._mask(self.p if self.grad_p == 0 else 1 - (1 - self.p) * (1 - self.grad_p))
+
+    def _mask(self, p: float) -> Tensor:
+        return _reference_mask(self.seed, p, self.w.shape, self.mask).expand(self.w.shape).to(self.w.device)
 
     @property
     def scale(self) -> float:
         return 1 / (1 - self.p) if self.p < 1 else 1.0
+
+    @property
+    def gradient_scale(self) -> float:
+        return self.scale / (1 - self.grad_p) if self.rescale and self.grad_p < 1 else self.scale
 
     def double(self) -> Problem:
         return replace(
@@ -90,6 +104,8 @@ def random_problem(
     bias: bool = True,
     transposed: bool = False,
     integers: bool = False,
+    grad_p: float = 0.0,
+    rescale: bool = True,
 ) -> Problem:
     """Normal data, or small integers. ``target``: True for the weight's dtype, None for zero, or a dtype."""
     generator = torch.Generator().manual_seed(5)
@@ -116,12 +132,16 @@ def random_problem(
         p=p,
         mask=mask,
         seed=seed,
+        grad_p=grad_p,
+        rescale=rescale,
     )
 
 
 @functools.cache
 def _reference_mask(seed: int, p: float, shape: torch.Size, mask: str) -> Tensor:
-    return mk.reference.keep_mask(seed, p=p, shape=shape, mask=mask)
+    """The decisions of a 2-D weight, of size 1 where one is shared."""
+    keep = mk.reference.keep_mask(seed, p=p, shape=shape, mask=mask)
+    return keep.unsqueeze(1) if mask == "output" else keep
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -135,7 +155,7 @@ def truth(problem: Problem) -> Results:
     return Results(
         y=(x @ phi.t() + (0 if q.b is None else q.b)).reshape(q.g.shape),
         dx=(g @ phi).reshape(q.x.shape),
-        dw=torch.where(q.keep, q.scale * (g.t() @ x), 0.0),
+        dw=torch.where(q.keep_gradient, q.gradient_scale * (g.t() @ x), 0.0),
         db=None if q.b is None else g.sum(0),
     )
 
@@ -154,7 +174,7 @@ def magnitudes(problem: Problem) -> tuple[Results, Results]:
         return Results(
             y=root(x @ f.t() + (0 if b is None else b)).reshape(q.g.shape),
             dx=root(g @ f).reshape(q.x.shape),
-            dw=torch.where(q.keep, q.scale * root(g.t() @ x), 0.0),
+            dw=torch.where(q.keep_gradient, q.gradient_scale * root(g.t() @ x), 0.0),
             db=None if b is None else root(g.sum(0)),
         )
 
@@ -171,10 +191,12 @@ def plain_torch(problem: Problem) -> Results:
     x, w, b = leaves(problem)
     dtype = torch.promote_types(w.dtype, torch.float32)
     u = None if problem.u is None else problem.u.to(dtype)
-    phi = plain_mixout(w.to(dtype), u, problem.keep, problem.scale).to(w.dtype)
+    phi = w if problem.p == 0 else plain_mixout(w.to(dtype), u, problem.keep, problem.scale).to(w.dtype)
+    phi = phi.detach().requires_grad_()
     y = F.linear(x, phi, b)
     y.backward(problem.g)
-    return Results(y.detach(), x.grad, w.grad, None if b is None else b.grad)
+    dw = torch.where(problem.keep_gradient, phi.grad.to(dtype) * problem.gradient_scale, 0.0).to(w.dtype)
+    return Results(y.detach(), x.grad, dw, None if b is None else b.grad)
 
 
 def ours(problem: Problem, backend: str, *, schedule: str | None = None, **options: object) -> Results:
@@ -185,6 +207,8 @@ def ours(problem: Problem, backend: str, *, schedule: str | None = None, **optio
         problem.u,
         b,
         p=problem.p,
+        grad_p=problem.grad_p,
+        rescale=problem.rescale,
         mask=problem.mask,
         seed=problem.seed,
         backend=backend,
@@ -217,7 +241,7 @@ def assert_in_budget(problem: Problem, results: Results, *, factor: Callable[[st
             norm2=getattr(norm2, name) * factor(name),
             dtype=(problem.w if name == "dw" else problem.x).dtype,
             terms=terms[name],
-            scale=problem.scale,
+            scale=problem.gradient_scale if name == "dw" else problem.scale,
             name=name,
         )
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch import config as functorch_config
 
 import mixout_kernels as mk
+from mixout_kernels import draws
 
 from . import budget
 
@@ -175,3 +177,36 @@ def test_reference(device, mask):
     for seed in (1, 2):
         assert_same(results(call, problem, seed), results(eager, problem, seed))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("mask", draws.KINDS)
+@pytest.mark.parametrize("budget_of_memory", [0.5, 0.05])
+def test_recomputed_activations_have_the_mask_of_forward(device, backend, mask, budget_of_memory):
+    """The partitioner recomputes what it is not given memory for, and must not draw another seed while it does.
+
+    x is the identity and w is one, so that y and dw both show the mask.
+    """
+    first = mk.MixLinear(32, 32, bias=False, p=0.5, mask=mask, device=device)
+    second = mk.MixLinear(32, 32, bias=False, p=0.5, mask=mask, device=device)
+    nn.init.ones_(first.weight)
+
+    def model(x):
+        y = first(x)
+        return y, second(torch.nn.functional.gelu(torch.nn.functional.gelu(y)))
+
+    function = torch.compile(model, backend=backend, fullgraph=True)
+    with functorch_config.patch(activation_memory_budget=budget_of_memory):
+        for _ in range(8):  # half of the masks of a layer as a whole drop nothing
+            first.weight.grad = None
+            y, z = function(torch.eye(32, device=device))
+            (y.sum() + z.square().sum()).backward()
+            assert torch.equal(first.weight.grad != 0, (y != 0).t())
+
+
+def test_a_budget_of_zero_is_an_error(device):
+    """torch then recomputes random numbers without their state, those of its own dropout too."""
+    layer = torch.compile(mk.MixLinear(8, 8, p=0.5, device=device), backend="aot_eager", fullgraph=True)
+    expected = pytest.raises(Exception, match="activation_memory_budget: expected a budget above 0, got 0")
+    with functorch_config.patch(activation_memory_budget=0), expected:
+        layer(torch.ones(2, 8, device=device))

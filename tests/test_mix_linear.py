@@ -304,3 +304,24 @@ def test_p_1_without_a_target_is_the_bias(any_case, mask):
     assert torch.equal(results.y, problem.b.expand(5, 63))
     assert not results.dx.any()
     assert not results.dw.any()
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3)], ids=str)
+def test_no_features_and_no_rows_train(any_case, shape):
+    """Also compiled, where x[:, kept] has a capacity: of no features it is zero, which is not "nothing to keep"."""
+    rows, in_features = shape
+
+    def call(x, w):
+        return mk.mix_linear(x, w, None, p=0.5, seed=1, backend=any_case.backend)
+
+    functions = [call]
+    if not any_case.emulated:
+        functions.append(torch.compile(call, backend="aot_eager", fullgraph=True))
+    for function in functions:
+        x = torch.ones(rows, in_features, device=any_case.device, requires_grad=True)
+        w = torch.ones(4, in_features, device=any_case.device, requires_grad=True)
+        y = function(x, w)
+        y.sum().backward()
+        assert not y.any()
+        assert x.grad.shape == x.shape
+        assert torch.equal(w.grad, torch.zeros_like(w))
