@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda test-torch lint format dist finetune bench bench-step codegen gpu
+.PHONY: help test test-core test-triton test-cuda test-torch lint format dist docs finetune bench bench-step codegen gpu
 .PHONY: sanitize clean
 .DEFAULT_GOAL := help
 
@@ -69,6 +69,9 @@ dist: $(ENVIRONMENT)  ## the source distribution and the wheel, in dist/: built,
 	$(PY) -m build --no-isolation --sdist --outdir dist .
 	$(PY) tools/check_dist.py dist
 	$(PY) -m twine check --strict dist/*
+
+docs: $(BUILT)  ## the documentation, in site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 finetune: $(BUILT)  ## the main job: MiniLM fine-tuned with dropout and with mixout; ARGS=--help lists its options
 	$(PY) -m benchmarks.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
