@@ -4,6 +4,7 @@ Nothing is compiled here: ``make test`` itself builds the extension, ``make dist
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,21 @@ def test_the_source_distribution_is_whole(tmp_path, run):
     assert done.returncode == 0, done.stderr
     [sdist] = tmp_path.glob("*.tar.gz")
     assert check_dist.problems_of_sdist(check_dist.files_of_sdist(sdist)) == []
+
+
+@pytest.mark.skipif(not (ROOT / ".github").exists(), reason="not a clone")
+def test_workflows_run_what_is_there():
+    """They are YAML, and what a step runs of this repository exists; nothing here can run them."""
+    yaml = pytest.importorskip("yaml")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in workflows] == ["checks", "docs", "release", "torch"]
+    for path in workflows:
+        for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+            assert "runs-on" in job, f"{path.name}: {name}"
+            for step in job["steps"]:
+                assert ("uses" in step) != ("run" in step), f"{path.name}: {name}: {step}"
+                assert set(re.findall(r"^make ([a-z-]+)", step.get("run", ""), re.MULTILINE)) <= targets
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
