@@ -75,4 +75,5 @@ def test_only_the_input_is_kept(device, use_reentrant):
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         checkpoint(model, x, use_reentrant=use_reentrant)
-    assert set(sizes) <= {x.numel()}
+    # The empty tensor by which torch up to 2.11 marks where recomputation begins is no memory.
+    assert {size for size in sizes if size} <= {x.numel()}
