@@ -74,7 +74,7 @@ docs: $(BUILT)  ## the documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 finetune: $(BUILT)  ## the main job: MiniLM fine-tuned with dropout and with mixout; ARGS=--help lists its options
-	$(PY) -m benchmarks.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
+	$(PY) -m examples.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
 
 bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
 	$(PY) -m benchmarks.layers --output $(OUT)/bench $(ARGS)

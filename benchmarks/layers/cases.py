@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def operand_bytes(self) -> int:
-        """Of x, g, w and u."""
+        """The bytes of x, g, w and u."""
         m, k, n = self.rows, self.in_features, self.out_features
         return (m * k + m * n + 2 * n * k) * self.dtype.itemsize
 
@@ -40,31 +40,28 @@ _CPU = (
     Case(2048, 768, 768, "fp32"),
     Case(2048, 3072, 768, "fp32"),
     Case(4096, 1024, 1024, "fp32"),
+    Case(512, 384, 384, "bf16"),
     Case(2048, 768, 768, "bf16"),
 )
 _CPU_QUICK = (Case(512, 384, 384, "fp32"),)
 
-_GPU_WEIGHTS = (
-    (768, 768),
-    (768, 3072),
-    (3072, 768),
-    (1024, 1024),
-    (1024, 4096),
-    (4096, 1024),
-    (3072, 3072),
-    (4096, 4096),
-)
-_GPU = (
-    *(Case(m, k, n, "bf16") for k, n in _GPU_WEIGHTS for m in (16, 64, 256, 1024, 4096, 8192, 16384)),
+_SIZES = (768, 768), (768, 3072), (3072, 768), (1024, 1024), (1024, 4096), (4096, 1024), (3072, 3072), (4096, 4096)
+_GPU_FULL = (
+    *(Case(m, k, n, "bf16") for k, n in _SIZES for m in (16, 64, 256, 1024, 4096, 8192, 16384)),
     *(Case(m, k, n, "fp32") for k, n in ((768, 768), (1024, 1024), (4096, 4096)) for m in (64, 4096)),
+)
+# What the targets are of, and both sides of the rule that chooses a schedule.
+_GPU = (
+    *(Case(m, n, n, "bf16") for n in (1024, 4096) for m in (64, 256, 4096, 8192)),
+    *(Case(4096, k, n, "bf16") for k, n in ((1024, 4096), (4096, 1024))),
 )
 _GPU_QUICK = (Case(4096, 1024, 1024, "bf16"),)
 
 
-def cases_for(device: str, quick: bool) -> tuple[Case, ...]:
+def cases_for(device: str, quick: bool, full: bool) -> tuple[Case, ...]:
     if device == "cpu":
         return _CPU_QUICK if quick else _CPU
-    return _GPU_QUICK if quick else _GPU
+    return _GPU_QUICK if quick else _GPU_FULL if full else _GPU
 
 
 @dataclass(frozen=True)
@@ -88,6 +85,11 @@ class Operands:
         weight = target + normal(n, k, scale=0.1 * k**-0.5)
         x, bias, grad = normal(m, k), normal(n), normal(m, n)
         return cls(x.requires_grad_(), weight.requires_grad_(), target, bias.requires_grad_(), grad)
+
+    def double(self) -> Operands:
+        """Copy them in float64."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Operands(*(t.detach().double().requires_grad_(t.requires_grad) for t in tensors))
 
     @property
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from .cases import DTYPES, Case
-from .variants import Variant
+from .layers import Layer
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
 
-def work(case: Case, variant: Variant, mode: str) -> Work:
+def work(case: Case, layer: Layer, mode: str) -> Work:
     m, k, n = case.rows, case.in_features, case.out_features
+    mix = layer.mix
     # dw is zero outside the columns that a neuron mask keeps; where the target is zero they are all the layer has.
-    kept = (1 - variant.p) * k if variant.mask == "neuron" else k
-    used = kept if variant.target == "zero" else k
-    weights = 2 if variant.target == "pretrained" else 1
+    mixed = (1 - mix.p) * k if mix and mix.mask == "neuron" else k
+    kept = (1 - mix.grad_p) * mixed if mix and mix.mask == "neuron" else k
+    used = mixed if mix and mix.target == "zero" else k
+    weights = 2 if mix and mix.target == "pretrained" else 1
     size = case.dtype.itemsize
     forward = Work(2.0 * m * n * used, size * (m * used + weights * n * used + n + m * n))
     backward = Work(2.0 * m * n * (used + kept), size * (m * n + m * kept + weights * n * used + m * k + n * k + n))
@@ -38,7 +40,7 @@ def work(case: Case, variant: Variant, mode: str) -> Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured by the run itself, before anything else."""
+    """What this machine can do at best, measured by the run itself before anything else."""
 
     bytes_per_second: float
     flops_per_second: dict[str, float]  # by dtype name
@@ -47,9 +49,13 @@ class Ceilings:
         """The larger of the times at the two ceilings."""
         return max(need.flops / self.flops_per_second[dtype_name], need.bytes / self.bytes_per_second)
 
+    def __str__(self) -> str:
+        rates = ", ".join(f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in self.flops_per_second.items())
+        return f"copy {self.bytes_per_second / 1e9:.4g} GB/s; matmul {rates}"
+
 
 def measure_ceilings(device: torch.device, dtype_names: set[str]) -> Ceilings:
-    """The best copy bandwidth (a read and a write) and matmul throughput of some tries: ceilings, not averages."""
+    """Take the best copy bandwidth (a read and a write) and GEMM throughput of some tries: ceilings, not averages."""
     on_cpu = device.type == "cpu"
     source, copy = (torch.ones(2**26 if on_cpu else 2**28, device=device) for _ in range(2))
     bandwidth = 2 * source.nbytes / _best_seconds(lambda: copy.copy_(source), device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .results import DROPOUT, LINEAR, Run
+from benchmarks.common.rows import Row, Run
+
+from .layers import DROPOUT, LINEAR
 
 ROOFLINE = "roofline"  # a baseline that is not a layer: the time at the measured ceilings
 
@@ -27,6 +29,14 @@ _CPU = (
     Target("512x384x384-fp32", "mixout-neuron-p0.7", LINEAR, 0.95),
     Target("2048x768x768-fp32", "mixout-neuron-p0.9", DROPOUT, 0.60),
     Target("4096x1024x1024-fp32", "mixout-weight-p0.7", LINEAR, 1.10),
+    Target("2048x768x768-fp32", "graddrop-neuron-p0.5", LINEAR, 0.50),
+    Target("2048x768x768-fp32", "graddrop-neuron-p0.9", LINEAR, 0.40),
+    Target("2048x768x768-fp32", "graddrop-cpu-staged-neuron-p0.5", LINEAR, 0.90),
+    Target("2048x768x768-fp32", "graddrop-cpu-staged-neuron-p0.9", LINEAR, 0.75),
+    Target("2048x768x768-bf16", "mixout-neuron-p0.7", LINEAR, 0.78),
+    Target("2048x768x768-bf16", "mixout-neuron-p0.9", LINEAR, 0.70),
+    Target("512x384x384-bf16", "mixout-neuron-p0.7", LINEAR, 0.85),
+    Target("512x384x384-bf16", "mixout-neuron-p0.9", LINEAR, 0.78),
 )
 _GPU = (
     Target("4096x1024x1024-bf16", "mixout-neuron-p0.7", LINEAR, 0.97),
@@ -51,24 +61,23 @@ class Outcome:
         return self.ratio is not None and self.ratio <= self.target.limit
 
 
-def outcomes(run: Run) -> list[Outcome]:
-    """Of the targets whose case, layer and baseline this run has."""
+def outcomes(run: Run, device: str) -> list[Outcome]:
+    """Judge the targets whose case, layer and baseline this run has."""
     found = []
-    for target in _GPU if run.on_gpu else _CPU:
-        cases = [target.case] if target.case else run.cases()
-        layers = [target.variant] if target.baseline == ROOFLINE else [target.variant, target.baseline]
-        measured = [case for case in cases if all((case, layer, target.mode) in run.entries for layer in layers)]
-        if not measured:
-            continue
-        ratios = {case: _ratio(run, case, target) for case in measured}
-        # A wrong result is worse than any slow one.
-        worst, ratio = max(ratios.items(), key=lambda item: float("inf") if item[1] is None else item[1])
-        found.append(Outcome(target, worst, ratio))
+    for target in _GPU if device == "cuda" else _CPU:
+        ratios: dict[str, float | None] = {}
+        for case in [target.case] if target.case else run.cases():
+            row = run.find(case, target.variant, target.mode)
+            if row and (target.baseline == ROOFLINE or run.find(case, target.baseline, target.mode)):
+                ratios[case] = _ratio(run, row, target)
+        if ratios:
+            # A wrong result is worse than any slow one.
+            worst, ratio = max(ratios.items(), key=lambda item: float("inf") if item[1] is None else item[1])
+            found.append(Outcome(target, worst, ratio))
     return found
 
 
-def _ratio(run: Run, case: str, target: Target) -> float | None:
+def _ratio(run: Run, row: Row, target: Target) -> float | None:
     if target.baseline != ROOFLINE:
-        return run.ratio(case, target.variant, target.mode, target.baseline)
-    entry = run.entries[case, target.variant, target.mode]
-    return None if entry.wrong else 1 / entry.info["roofline_share"]
+        return run.ratio(row, target.baseline)
+    return None if row.matches is False else 1 / row.facts["roofline_share"]

@@ -3,90 +3,104 @@
 from __future__ import annotations
 
 import gc
-import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from benchmarks.layers.interleave import interleave
+from benchmarks.common import clocks
+from benchmarks.common.interleave import interleave
+from benchmarks.common.memory import peak_bytes
+from benchmarks.common.rows import Row, attempt, guarded
 
-from .agreement import matches_reference, replay_matches_reference
-from .memory import peak_bytes
-from .training import WARMUP_STEPS, Captured, Training
+from .agreement import check, check_replay
+from .training import WARMUP_STEPS, Captured, Training, train_briefly
 from .variants import Variant
-from .workload import WORKLOADS
+from .workload import Workload
 
 # On a GPU one sample has several steps, so that the host may run ahead as it does in training. A step that waits for
 # the device is otherwise as long as what the host needs for its launches, which are thousands.
 STEPS_ON_GPU = 5
-
-
-@dataclass
-class Measurement:
-    """Of one variant. None: not measured here."""
-
-    variant: str
-    kind: str
-    p: float
-    matches_reference: bool | None
-    saved_bytes: int
-    target_bytes: int
-    mixed_bytes: int
-    peak_bytes: int | None = None
-    launches: int | None = None
-    warmup_seconds: float = 0.0
-    milliseconds: list[float] = field(default_factory=list)
-    mode: str = "eager"
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.milliseconds)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        if len(self.milliseconds) < 2:
-            return self.median, self.median
-        first, _, third = statistics.quantiles(self.milliseconds, n=4, method="inclusive")
-        return first, third
+# BERT-large has 5 GB of weights, targets and Adam's moments in each, and a graph's pool of activations beside them.
+MODELS_ON_GPU = 4
 
 
 def measure(
-    workload: str, variants: Sequence[Variant], rounds: int, with_memory: bool, say: Callable[[str], None]
-) -> list[Measurement]:
-    """All variants are in memory together and take their steps in turn: every round one sample of each.
+    workload: Workload, variants: Sequence[Variant], rounds: int, with_memory: bool, say: Callable[[str], None]
+) -> list[Row]:
+    """Take the steps of all variants in turn: every round one sample of each. The first variant is the baseline.
 
-    A CUDA graph comes with its eager variant, whose weights it trains.
+    On a GPU only a few models fit, so the variants are measured in groups, the baselines in each of them. What a
+    variant raises is its own result.
     """
-    peaks: dict[Variant, int] = {}
-    on_gpu = WORKLOADS[workload].device == "cuda"
+    on_gpu = workload.device == "cuda"
     if on_gpu:
         _load_libraries()
-    elif with_memory:
-        say(f"peak memory of {len(variants)} variants")
-        peaks = peak_bytes(workload, variants)
+    found: dict[tuple[Variant, int], Row] = {}
+    for number, group in enumerate(groups(variants, MODELS_ON_GPU if on_gpu else len(variants))):
+        rows = {variant: _row(workload, variant, number) for variant in group}
+        if with_memory and not on_gpu:
+            _measure_peaks(workload, rows, say)
+        _measure_group(workload, rows, rounds, say)
+        found |= {(variant, number): row for variant, row in rows.items()}
+        _release(on_gpu)
+    order = {variant: place for place, variant in enumerate(variants)}
+    return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], key[1]))]
+
+
+def groups(variants: Sequence[Variant], most: int) -> list[list[Variant]]:
+    """Split them into groups of at most ``most`` models, each with the steps that its ratios are taken to."""
+    found: list[list[Variant]] = [[]]
+    for variant in sorted(variants, key=lambda v: variants.index(v.trained)):  # a graph beside its model
+        if any(variant in group for group in found):
+            continue
+        baselines = [v for v in (variants[0], variant.dropout_alike) if v in variants]
+        wanted = dict.fromkeys([*baselines, variant.trained, variant])
+        together = dict.fromkeys([*found[-1], *wanted])
+        fits = len({v.trained for v in together}) <= most
+        found[-1:] = [list(together)] if fits or not found[-1] else [found[-1], list(wanted)]
+    return found
+
+
+def _measure_group(workload: Workload, rows: dict[Variant, Row], rounds: int, say: Callable[[str], None]) -> None:
+    on_gpu = workload.device == "cuda"
+    pool = torch.cuda.graph_pool_handle() if on_gpu else None
     trainings: dict[Variant, Training] = {}
-    found: dict[Variant, Measurement] = {}
-    samplers: dict[str, Callable[[], float]] = {}
-    for variant in sorted(variants, key=_turn):
+    samplers: dict[str, Callable[[], float | None]] = {}
+    for variant in sorted(rows, key=_turn):
         say(f"{variant.name}: warm-up")
         _release(on_gpu)
-        if variant.mode == "graph":
-            captured, found[variant] = _captured(variant, trainings[variant.eager])
-            samplers[variant.name] = _gpu_sampler(captured.step, captured.training)
-            continue
-        training, found[variant] = _trained(workload, variant)
-        found[variant].peak_bytes = peaks.get(variant, found[variant].peak_bytes)
-        trainings[variant] = training
-        samplers[variant.name] = _gpu_sampler(training.step, training) if on_gpu else _cpu_sampler(training)
+        row = rows[variant]
+        with attempt([row]):
+            if variant.mode == "graph":
+                step, training = _captured(trainings[variant.trained], pool, row).step, trainings[variant.trained]
+            else:
+                training = trainings[variant] = _trained(workload, variant, row)
+                step = training.step
+            samplers[variant.name] = guarded([row], _sampler(step, training))
     _release(on_gpu)
-    say(f"{rounds} rounds of {len(found)} variants")
-    samples = interleave({variant.name: samplers[variant.name] for variant in variants}, rounds, random.Random(0))
-    for measurement in found.values():
-        measurement.milliseconds = samples[measurement.variant]
-    return [found[variant] for variant in variants]
+    say(f"{rounds} rounds of {len(samplers)} variants")
+    samples = interleave(samplers, rounds)
+    for variant, row in rows.items():
+        if row.failure is None:
+            row.samples = samples[variant.name]
+
+
+def _row(workload: Workload, variant: Variant, group: int) -> Row:
+    return Row(workload.name, variant.name, "step", group=group, facts=variant.facts())
+
+
+def _measure_peaks(workload: Workload, rows: dict[Variant, Row], say: Callable[[str], None]) -> None:
+    """Measure the peak memory of training on a CPU, each variant by itself in a fresh process.
+
+    Not of variants that compile code, whose compiler would be most of what is measured.
+    """
+    for variant, row in rows.items():
+        if variant.mode == "eager":
+            say(f"{variant.name}: peak memory")
+            with attempt([row]):
+                row.facts["peak_bytes"] = peak_bytes(train_briefly, workload.name, variant)
 
 
 def _turn(variant: Variant) -> int:
@@ -99,7 +113,7 @@ def _turn(variant: Variant) -> int:
 
 
 def _load_libraries() -> None:
-    """cuBLAS allocates its workspaces at the first product of each thread: not in the memory of the first variant."""
+    """Let cuBLAS allocate its workspaces, which it does at the first GEMM: not in the memory of the first variant."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         layer = torch.nn.Linear(64, 64, device="cuda", dtype=dtype)
         layer(torch.ones(64, 64, device="cuda", dtype=dtype)).sum().backward()
@@ -107,89 +121,71 @@ def _load_libraries() -> None:
 
 
 def _release(on_gpu: bool) -> None:
-    """The copies that a check has made are cycles, and would stay for all rounds: ``interleave`` turns gc off."""
+    """Free the copies that a check has made: they are cycles, and would stay through all rounds, where gc is off."""
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
 
 
-def _trained(name: str, variant: Variant) -> tuple[Training, Measurement]:
-    workload = WORKLOADS[name]
+def _trained(workload: Workload, variant: Variant, row: Row) -> Training:
     on_gpu = workload.device == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     training = Training(workload, variant)
     start = time.perf_counter()
-    for _ in range(WARMUP_STEPS):
-        training.step()
+    training.steps(WARMUP_STEPS)
     if on_gpu:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = launches = None
+    row.facts["warmup_seconds"] = time.perf_counter() - start
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()  # a compiler tries its kernels in the first step, on memory of its own
-        launches = _launches(training)
-        peak = torch.cuda.max_memory_allocated() - before
+        row.facts["launches"] = _launches(training)
+        row.facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         training.optimizer.zero_grad()
-    measurement = _described(variant, training)
-    measurement.warmup_seconds, measurement.peak_bytes, measurement.launches = seconds, peak, launches
+    _describe_memory(training, row)
     if variant.ours:
-        measurement.matches_reference = matches_reference(training)
-    return training, measurement
+        row.judge(check(training))
+    return training
 
 
-def _captured(variant: Variant, training: Training) -> tuple[Captured, Measurement]:
+def _captured(training: Training, pool: Any, row: Row) -> Captured:
     start = time.perf_counter()
-    captured = Captured(training)
-    seconds = time.perf_counter() - start
-    measurement = _described(variant, training)
-    measurement.warmup_seconds = seconds
-    if variant.ours:
-        measurement.matches_reference = replay_matches_reference(captured)
-    return captured, measurement
+    captured = Captured(training, pool)
+    row.facts["warmup_seconds"] = time.perf_counter() - start
+    _describe_memory(training, row)
+    if training.variant.ours:
+        row.judge(check_replay(captured))
+    captured.release()
+    return captured
 
 
-def _described(variant: Variant, training: Training) -> Measurement:
-    return Measurement(
-        variant=variant.name,
-        kind=variant.kind,
-        p=variant.p,
-        matches_reference=None,
-        saved_bytes=training.saved_bytes(),
-        target_bytes=training.target_bytes,
-        mixed_bytes=training.mixed_bytes,
-        mode=variant.mode,
-    )
+def _describe_memory(training: Training, row: Row) -> None:
+    row.facts["saved_bytes"] = training.saved_bytes()
+    row.facts["target_bytes"] = training.target_bytes
+    row.facts["mixed_bytes"] = training.mixed_bytes
 
 
-def _cpu_sampler(training: Training) -> Callable[[], float]:
-    """One step, in milliseconds."""
+def _sampler(step: Callable[[], object], training: Training) -> Callable[[], float]:
+    """Sample the seconds of one step: on a GPU the mean of a few."""
+    on_gpu = training.workload.device == "cuda"
+    steps = STEPS_ON_GPU if on_gpu else 1
 
-    def sample() -> float:
-        start = time.perf_counter()
-        training.step()
-        return (time.perf_counter() - start) * 1e3
-
-    return sample
-
-
-def _gpu_sampler(step: Callable[[], None], training: Training) -> Callable[[], float]:
-    """The mean of some steps, in milliseconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample() -> float:
-        start.record()
-        for _ in range(STEPS_ON_GPU):
+    def phase() -> None:
+        for _ in range(steps):
             step()
-        end.record()
-        end.synchronize()
-        training.optimizer.zero_grad()  # only one variant at a time holds gradients: 1.3 GB of BERT-large's
-        return start.elapsed_time(end) / STEPS_ON_GPU
+
+    timed = clocks.sampler([phase], torch.device(training.workload.device), steps)
+
+    def sample() -> float:
+        (seconds,) = timed()
+        if on_gpu:
+            training.optimizer.zero_grad()  # only one variant at a time holds gradients: 1.3 GB of BERT-large's
+        return seconds
 
     return sample
 
 
 def _launches(training: Training) -> int:
-    """Kernels that one step launches: calls of cudaLaunchKernel, cuLaunchKernel and their relatives."""
+    """Count the kernels that one step launches: calls of cudaLaunchKernel, cuLaunchKernel and their relatives."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         training.step()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import clocks, memory
+
 from .variants import Variant
-from .workload import Workload
+from .workload import WORKLOADS, Workload
 
 # The first step makes Adam's state and mixes layer by layer, the second runs in the memory that stays.
 WARMUP_STEPS = 3
@@ -18,7 +21,7 @@ WARMUP_STEPS = 3
 class Training:
     def __init__(self, workload: Workload, variant: Variant) -> None:
         self.workload, self.variant = workload, variant
-        self.model = workload.model()
+        self.model = workload.model(variant.attention)
         variant.prepare(self.model)
         self.sampler = variant.sampler(self.model)
         self.batch = workload.batch()
@@ -29,8 +32,11 @@ class Training:
         compiled = variant.mode == "compiled"
         self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
 
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.workload.device, torch.bfloat16, enabled=self.variant.precision == "bfloat16")
+
     def loss(self) -> Tensor:
-        with self.workload.autocast():
+        with self.autocast():
             return self.call(**self.batch).loss
 
     def step(self) -> None:
@@ -39,43 +45,48 @@ class Training:
         with self.variant.kernels():  # the sampler mixes in it
             self.optimizer.step()
 
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
     def backward(self) -> None:
         with self.variant.kernels():
             self.loss().backward()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of every parameter that has one, by name; the parameters let go of them."""
+        """Return the gradient of every parameter that has one, by name; the parameters let go of them."""
         found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         return found
 
+    def fresh_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of one forward. Layers without a sampler draw their seeds from the default generator."""
+        torch.manual_seed(0)
+        self.optimizer.zero_grad()
+        self.backward()
+        return self.gradients()
+
     @property
     def target_bytes(self) -> int:
-        """Of the frozen targets, each once."""
+        """The bytes of the frozen targets, each counted once."""
         targets = {t.data_ptr(): t.nbytes for name, t in self.model.named_buffers() if name.endswith(".target")}
         return sum(targets.values())
 
     @property
     def mixed_bytes(self) -> int:
-        """Of Phi, where it is kept between steps."""
+        """The bytes of Phi, where it is kept between steps."""
         return 0 if self.sampler is None else self.sampler.extra_bytes
 
     def saved_bytes(self) -> int:
-        """What one forward keeps for backward, each storage once; weights, targets and Phi aside."""
+        """Count what one forward keeps for backward; weights, targets and Phi aside."""
         mixed = [layer.slot.mixed for layer in self.model.modules() if getattr(layer, "slot", None) is not None]
         known = [*self.model.parameters(), *self.model.buffers(), *(t for t in mixed if t is not None)]
-        addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
-        saved: dict[int, Tensor] = {}  # the tensors themselves: a freed address would be used again
+        return memory.saved_bytes(self.loss, known)
 
-        def note(tensor: Tensor) -> Tensor:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in addresses:
-                saved[address] = tensor
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.loss()
-        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+def train_briefly(workload: str, variant: Variant) -> None:
+    """Train until gradients and Adam's state exist from the start of a step: what peak memory is measured of."""
+    Training(WORKLOADS[workload], variant).steps(WARMUP_STEPS)
 
 
 class Captured:
@@ -84,25 +95,19 @@ class Captured:
     It trains the very weights of the eager steps, in turn with them, and needs no second copy of them.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, pool: Any) -> None:
         self.training = training
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # on the stream of a capture nothing may be done for the first time
-            for _ in range(WARMUP_STEPS):
-                training.step()
-        torch.cuda.current_stream().wait_stream(side)
+        clocks.warm_up(training.step)
         training.optimizer.zero_grad()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            training.step()
+        self.step = clocks.captured(training.step, pool)
         # In the graph's own memory, where each replay leaves them; an eager step makes its own.
         self._gradients = training.gradients()
 
-    def step(self) -> None:
-        self.graph.replay()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Of a step that is taken for them."""
+    def fresh_gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of a step that is taken for them."""
         self.step()
         return self._gradients
+
+    def release(self) -> None:
+        """Let other graphs of the pool use the gradients' memory, after the last call of ``fresh_gradients``."""
+        self._gradients = {}

@@ -1,20 +1,32 @@
-"""The ways to regularise the same training step."""
+"""The ways to train that are compared: how the step is regularised, and how it is run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
-from unittest import mock
 
 from torch import nn
 
-from benchmarks.baselines import apply_plain_mixout
-from mixout_kernels import MixSampler, apply_mixout, backends
+import mixout_kernels as mk
+from benchmarks.common.methods import Method
+from benchmarks.common.rows import Fact
 
 Kind = Literal["dropout", "none", "plain", "staged", "layers", "sampler", "premix", "triton"]
 Mode = Literal["eager", "compiled", "graph"]
+Precision = Literal["float32", "bfloat16"]
+Attention = Literal["sdpa", "eager"]
+
+_NAMES: dict[Kind, str] = {
+    "dropout": "dropout 0.1",
+    "none": "no regularisation",
+    "plain": "plain formula",
+    "staged": "mixout_kernels, GEMMs of nn.Linear",
+    "layers": "mixout_kernels, layer by layer",
+    "sampler": "mixout_kernels, sampler",
+    "premix": "mixout_kernels, sampler, premix=True",
+    "triton": "mixout_kernels, sampler, Triton",
+}
 
 
 @dataclass(frozen=True)
@@ -22,65 +34,70 @@ class Variant:
     kind: Kind
     p: float = 0.0
     mode: Mode = "eager"
+    precision: Precision = "float32"  # bfloat16: under autocast
+    attention: Attention = "sdpa"
 
     @property
     def name(self) -> str:
-        names = {
-            "dropout": "dropout 0.1",
-            "none": "no regularisation",
-            "plain": "plain formula",
-            "staged": "mixout_kernels, products of nn.Linear",
-            "layers": "mixout_kernels, layer by layer",
-            "sampler": "mixout_kernels, sampler",
-            "premix": "mixout_kernels, sampler, premix=True",
-            "triton": "mixout_kernels, sampler, Triton",
-        }
-        name = f"torch.compile({names[self.kind]})" if self.mode == "compiled" else names[self.kind]
-        return name + (f", p={self.p:g}" if self.p else "") + (", CUDA graph" if self.mode == "graph" else "")
+        name = _NAMES[self.kind]
+        name = f"torch.compile({name})" if self.mode == "compiled" else name
+        name += f", p={self.p:g}" if self.p else ""
+        name += ", bf16" if self.precision == "bfloat16" else ""
+        name += ", eager attention" if self.attention == "eager" else ""
+        return name + (", CUDA graph" if self.mode == "graph" else "")
 
     @property
-    def eager(self) -> Variant:
-        return replace(self, mode="eager")
+    def trained(self) -> Variant:
+        """The variant whose weights it trains: a CUDA graph those of the eager steps."""
+        return replace(self, mode="eager") if self.mode == "graph" else self
+
+    @property
+    def dropout_alike(self) -> Variant:
+        """The step with dropout that is run in the same way."""
+        return replace(self, kind="dropout", p=0.0)
 
     @property
     def ours(self) -> bool:
-        return self.kind in ("staged", "layers", "sampler", "premix", "triton")
+        return self.kind not in ("dropout", "none", "plain")
 
     def prepare(self, model: nn.Module) -> None:
-        """Changes a model with its pretrained weights, in place; "dropout" leaves it as it is."""
-        if self.kind == "none":
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        elif self.kind == "plain":
-            apply_plain_mixout(model, p=self.p)
-        elif self.ours:
-            apply_mixout(model, p=self.p)
+        """Change a model with its pretrained weights, in place; "dropout" leaves it as it is."""
+        Method("mixout" if self.ours else self.kind, self.p).prepare(model)
 
-    def sampler(self, model: nn.Module) -> MixSampler | None:
-        """For a prepared model."""
+    def sampler(self, model: nn.Module) -> mk.MixSampler | None:
+        """Make the sampler of a prepared model."""
         if self.kind not in ("sampler", "premix", "triton"):
             return None
-        return MixSampler(model, premix=True if self.kind == "premix" else None)
+        return mk.MixSampler(model, premix=True if self.kind == "premix" else None)
 
-    @contextmanager
-    def kernels(self) -> Iterator[None]:
-        """The CPU backend without its own product, to show what mixout saves by itself; Triton where CUDA is built."""
-        if self.kind == "staged":
-            with mock.patch.object(backends.load("cpu"), "schedules", return_value=("staged",)):
-                yield
-        elif self.kind == "triton":
-            with mock.patch.dict(backends.PREFERENCE, cuda=("triton",)):
-                yield
-        else:
-            yield
+    def kernels(self) -> AbstractContextManager[None]:
+        """Choose "staged", to show what mixout saves by itself, or Triton where the CUDA kernels are built."""
+        return mk.kernels(
+            schedule="staged" if self.kind == "staged" else None, backend="triton" if self.kind == "triton" else None
+        )
+
+    def facts(self) -> dict[str, Fact]:
+        """Describe it in the columns of the CSV."""
+        return {
+            "kind": self.kind,
+            "p": self.p,
+            "run": self.mode,
+            "precision": self.precision,
+            "attention": self.attention,
+        }
 
 
-def all_variants() -> list[Variant]:
-    """The plain formula costs the same for every p, so it runs at one; the eager step with dropout comes first."""
-    found = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("plain", 0.7, "compiled")]
+def all_variants(precisions: tuple[Precision, ...], attentions: tuple[Attention, ...]) -> list[Variant]:
+    """List every step. The plain formula costs the same for every p, so it runs at one."""
+    found = [Variant("dropout"), Variant("dropout", mode="compiled"), Variant("none")]
+    found += [Variant("plain", 0.7), Variant("plain", 0.7, "compiled")]
     for p in (0.7, 0.9):
-        found += [Variant("staged", p), Variant("layers", p), Variant("sampler", p), Variant("premix", p)]
-    found += [Variant("triton", 0.7), Variant("dropout", mode="compiled"), Variant("sampler", 0.7, "compiled")]
-    captured: list[tuple[Kind, float]] = [("dropout", 0.0), ("sampler", 0.7), ("sampler", 0.9), ("triton", 0.7)]
-    return [*found, *(Variant(kind, p, "graph") for kind, p in captured)]
+        found += [Variant(kind, p) for kind in ("staged", "layers", "sampler", "premix")]
+    found += [Variant("triton", 0.7), Variant("sampler", 0.7, "compiled"), Variant("dropout", mode="graph")]
+    found += [Variant(kind, p, "graph") for kind, p in (("sampler", 0.7), ("sampler", 0.9), ("triton", 0.7))]
+    return [
+        replace(variant, precision=precision, attention=attention)
+        for precision in precisions
+        for attention in attentions
+        for variant in found
+    ]

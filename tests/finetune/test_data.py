@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.finetune import data
-from benchmarks.finetune.data import Encoded, Row, cleaned, load_task, read_file, sample, split
-from benchmarks.finetune.errors import FinetuneError
-from benchmarks.finetune.model import Checkpoint
-from benchmarks.finetune.settings import Settings
+from benchmarks.common.errors import CommandError
+from examples.finetune import data
+from examples.finetune.data import Encoded, Row, cleaned, load_task, read_file, sample, split
+from examples.finetune.model import Checkpoint
+from examples.finetune.settings import Settings
 
 from .conftest import review, write_csv
 
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_used_is_one_line(content: bytes | None, message: 
     path = tmp_path / "file.csv"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(FinetuneError, match=message) as error:
+    with pytest.raises(CommandError, match=message) as error:
         read_file(path, "text", "label", None)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_used_is_one_line(content: bytes | None, message: 
 @pytest.mark.parametrize("name", ["file.csv.gz", "file.csv.bz2"])
 def test_a_file_that_is_not_what_its_name_says(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"text,label\nfine,1\n")
-    with pytest.raises(FinetuneError, match="cannot read"):
+    with pytest.raises(CommandError, match="cannot read"):
         read_file(tmp_path / name, "text", "label", None)
 
 
@@ -111,7 +111,7 @@ def test_data_that_cannot_be_learnt_from(
 ) -> None:
     rows = [review(number, "") | {"verdict": label} for number, label in enumerate(labels)]
     path = write_csv(tmp_path / "file.csv", rows or [review(0, "")])
-    with pytest.raises(FinetuneError, match=message) as error:
+    with pytest.raises(CommandError, match=message) as error:
         load_task(dataclasses.replace(settings, csv=path), tokenizer)
     assert "\n" not in str(error.value)
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.finetune.data import Task, load_task
-from benchmarks.finetune.errors import FinetuneError
-from benchmarks.finetune.memory import peak_mebibytes
-from benchmarks.finetune.model import Checkpoint
-from benchmarks.finetune.settings import Settings, Variant
-from benchmarks.finetune.training import batches, total_steps, train_restart, warmup_then_decay
+from benchmarks.common.errors import CommandError
+from examples.finetune.data import Task, load_task
+from examples.finetune.memory import peak_mebibytes
+from examples.finetune.model import Checkpoint
+from examples.finetune.settings import Settings, Variant
+from examples.finetune.training import batches, total_steps, train_restart, warmup_then_decay
 
 from .conftest import save_checkpoint
 
@@ -137,7 +137,7 @@ def test_weight_decay_and_dropout_belong_to_the_standard_recipe(checkpoint: Chec
 
 
 def test_a_model_without_linear_layers_to_mix_is_one_line() -> None:
-    with pytest.raises(FinetuneError, match="nothing to mix"):
+    with pytest.raises(CommandError, match="nothing to mix"):
         Variant("mixout", 0.5).prepare(nn.Sequential(nn.ReLU()))
 
 

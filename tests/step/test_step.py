@@ -1,24 +1,28 @@
 """The step benchmark on a tiny model: what its table says is what its steps do."""
 
+import csv
 import dataclasses
 import gc
-import json
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.common.agreement import Verdict
+from benchmarks.common.rows import Row, Run
 from benchmarks.step import agreement, measurement
-from benchmarks.step.__main__ import _parse, _variants, main
-from benchmarks.step.measurement import Measurement
-from benchmarks.step.report import Report
+from benchmarks.step.__main__ import _parse, choose, main
+from benchmarks.step.report import draw, markdown
 from benchmarks.step.training import Captured, Training
 from benchmarks.step.variants import Variant, all_variants
 from benchmarks.step.workload import WORKLOADS, Workload
 from mixout_kernels import MixLinear, backends, sampler
 
+MACHINE = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "0123456789ab"}
+SILENT = {"with_memory": False, "say": lambda text: None}
 
-def smallest():
+
+def smallest(attention):
     config = BertConfig(
         vocab_size=30,
         hidden_size=32,
@@ -26,18 +30,14 @@ def smallest():
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=16,
+        attn_implementation=attention,
     )
     return BertForSequenceClassification(config)
 
 
-WORKLOAD = Workload("the smallest BERT", "cpu", 4, 8, 30, smallest, goals={0.7: 0.75, 0.9: 0.65})
-LOW = dataclasses.replace(WORKLOAD, low=torch.bfloat16)
-
-
-@pytest.fixture
-def workload(monkeypatch):
-    monkeypatch.setitem(WORKLOADS, "smallest", WORKLOAD)
-    return WORKLOAD
+GOALS = {("float32", "sdpa", 0.7): 0.75, ("float32", "sdpa", 0.9): 0.65}
+WORKLOAD = Workload("smallest", "the smallest BERT", "cpu", 4, 8, 30, smallest, goals=GOALS)
+PRECISIONS = ["float32", "bfloat16"]
 
 
 def trained(variant, steps=2, workload=WORKLOAD):
@@ -76,16 +76,16 @@ def test_kept_columns_save_less_at_a_higher_p():
 
 
 @pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
-@pytest.mark.parametrize("workload", [WORKLOAD, LOW], ids=["float32", "bfloat16"])
-def test_a_step_matches_the_reference(kind, workload):
-    assert agreement.matches_reference(trained(Variant(kind, 0.7), workload=workload))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_matches_the_reference(kind, precision):
+    assert agreement.check(trained(Variant(kind, 0.7, precision=precision))).matches
 
 
 @pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
-@pytest.mark.parametrize(("workload", "factor"), [(WORKLOAD, 1.001), (LOW, 1.1)], ids=["float32", "bfloat16"])
-def test_a_wrong_gradient_does_not(kind, workload, factor, monkeypatch):
-    training = trained(Variant(kind, 0.7), workload=workload)
-    cpu = agreement.backends.load("cpu")
+@pytest.mark.parametrize(("precision", "factor"), [("float32", 1.001), ("bfloat16", 1.1)])
+def test_a_wrong_gradient_does_not(kind, precision, factor, monkeypatch):
+    training = trained(Variant(kind, 0.7, precision=precision))
+    cpu = backends.load("cpu")
     backward = cpu.mix_linear_backward
 
     def wrong(*arguments):
@@ -93,25 +93,39 @@ def test_a_wrong_gradient_does_not(kind, workload, factor, monkeypatch):
         return dx, dw * factor, db
 
     monkeypatch.setattr(cpu, "mix_linear_backward", wrong)
-    assert not agreement.matches_reference(training)
+    assert not agreement.check(training).matches
+
+
+@pytest.mark.parametrize("kind", ["layers", "sampler"])
+def test_micro_batches_have_the_gradient_of_the_batch(kind, monkeypatch):
+    training = trained(Variant(kind, 0.7))
+    parts = agreement._reference_gradients(training, exact=True)
+    monkeypatch.setattr(agreement, "MICRO_BATCHES", 1)
+    whole = agreement._reference_gradients(training, exact=True)
+    assert parts.keys() == whole.keys()
+    for name, gradient in whole.items():
+        assert gradient.dtype == torch.float64
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 class Replayed:
     """Stands in for a CUDA graph where there is none: the same weights, its own gradients."""
 
-    def __init__(self, training, factor=1.0):
+    def __init__(self, training, pool=None, factor=1.0):
         self.training, self.factor = training, factor
         self.step = training.step
 
-    def gradients(self):
-        self.training.backward()
-        return {name: self.factor * gradient for name, gradient in self.training.gradients().items()}
+    def fresh_gradients(self):
+        return {name: self.factor * gradient for name, gradient in self.training.fresh_gradients().items()}
+
+    def release(self):
+        pass
 
 
 def test_a_replay_is_as_near_to_the_reference_as_the_eager_step():
-    training = trained(Variant("sampler", 0.7), workload=LOW)
-    assert agreement.replay_matches_reference(Replayed(training))
-    assert not agreement.replay_matches_reference(Replayed(training, factor=1.1))
+    training = trained(Variant("sampler", 0.7, precision="bfloat16"))
+    assert agreement.check_replay(Replayed(training)).matches
+    assert not agreement.check_replay(Replayed(training, factor=1.1)).matches
 
 
 def test_a_check_leaves_nothing_behind():
@@ -119,12 +133,12 @@ def test_a_check_leaves_nothing_behind():
     training = trained(Variant("sampler", 0.7))
     gc.collect()  # samplers of the tests before
     samplers = set(sampler._alive)
-    assert agreement.matches_reference(training)
+    assert agreement.check(training).matches
     assert set(sampler._alive) == samplers
     assert all(p.grad is None for p in training.model.parameters())
 
 
-def test_no_model_in_float64_lives_through_the_rounds(workload, monkeypatch):
+def test_no_model_in_float64_lives_through_the_rounds(monkeypatch):
     interleave = measurement.interleave
 
     def in_float64():
@@ -139,7 +153,7 @@ def test_no_model_in_float64_lives_through_the_rounds(workload, monkeypatch):
     monkeypatch.setattr(measurement, "interleave", watched)
     gc.disable()  # as a check that is not followed by an automatic collection
     try:
-        measurement.measure("smallest", [Variant("sampler", 0.7)], 1, False, lambda _: None)
+        measurement.measure(WORKLOAD, [Variant("sampler", 0.7)], 1, **SILENT)
     finally:
         gc.enable()
 
@@ -153,129 +167,205 @@ def test_full_sequences_need_no_attention_mask():
     assert torch.equal(*losses)
 
 
-def test_every_round_has_one_step_of_each(workload, monkeypatch):
-    monkeypatch.setattr(measurement, "peak_bytes", lambda _, variants: dict.fromkeys(variants, 5 << 20))
-    variants = [variant for variant in all_variants() if variant.mode == "eager"]
+def test_every_round_has_one_step_of_each(monkeypatch):
+    monkeypatch.setattr(measurement, "peak_bytes", lambda *arguments: 5 << 20)
+    variants = [variant for variant in all_variants(("float32",), ("sdpa",)) if variant.mode == "eager"]
+    variants = [variant for variant in variants if variant.kind != "triton"]
     said = []
-    found = measurement.measure("smallest", variants, rounds=3, with_memory=True, say=said.append)
-    assert [m.variant for m in found] == [variant.name for variant in variants]
-    assert all(len(m.milliseconds) == 3 and min(m.milliseconds) > 0 and m.peak_bytes == 5 << 20 for m in found)
-    assert {m.kind for m in found if m.matches_reference} == {"staged", "layers", "sampler", "premix", "triton"}
-    assert len(said) == len(variants) + 2  # the memory, each warm-up, the rounds
+    found = measurement.measure(WORKLOAD, variants, rounds=3, with_memory=True, say=said.append)
+    assert [row.variant for row in found] == [variant.name for variant in variants]
+    assert all(len(row.samples) == 3 and min(row.samples) > 0 for row in found)
+    assert {row.facts["peak_bytes"] for row in found} == {5 << 20}
+    assert {row.facts["kind"] for row in found if row.matches} == {"staged", "layers", "sampler", "premix"}
+    assert len(said) == 2 * len(variants) + 1  # the memory and the warm-up of each, the rounds
+
+
+def test_a_variant_that_fails_loses_only_its_row(monkeypatch):
+    prepare, step = Variant.prepare, Training.step
+
+    def out_of_memory(variant, model):
+        if variant.kind == "plain":
+            raise torch.OutOfMemoryError("a model does not fit")
+        prepare(variant, model)
+
+    def breaks_in_the_rounds(training):
+        if training.variant.kind == "none" and training.optimizer.state and training.broken():
+            raise RuntimeError("a step went wrong")
+        step(training)
+
+    steps = iter([False] * 4)
+    monkeypatch.setattr(Training, "broken", lambda training: next(steps, True), raising=False)
+    monkeypatch.setattr(Training, "step", breaks_in_the_rounds)
+    monkeypatch.setattr(Variant, "prepare", out_of_memory)
+    variants = [Variant("dropout"), Variant("none"), Variant("plain", 0.7), Variant("sampler", 0.7)]
+    found = measurement.measure(WORKLOAD, variants, 4, **SILENT)
+    assert [row.failure for row in found] == [
+        None,
+        "RuntimeError: a step went wrong",
+        "OutOfMemoryError: a model does not fit",
+        None,
+    ]
+    assert [len(row.samples) for row in found] == [4, 0, 0, 4]
+    text = markdown(Run(MACHINE, variants[0].name, found), WORKLOAD)
+    assert "- **Not measured:** smallest, plain formula, p=0.7: OutOfMemoryError: a model does not fit" in text
+    assert "| plain formula" not in text
 
 
 def test_peak_memory_of_a_fresh_process():
     """At least weights, gradients and Adam's two moments, and on top of it the targets and Phi."""
     parameters = sum(p.nbytes for p in WORKLOADS["tiny"].model().parameters())
-    dropout, compiled, sampler = Variant("dropout"), Variant("plain", 0.7, "compiled"), Variant("sampler", 0.7)
-    found = measurement.peak_bytes("tiny", [dropout, compiled, sampler])
-    assert set(found) == {dropout, sampler}
-    assert all(4 * parameters < peak < 40 * parameters for peak in found.values())
+    rows = {v: Row("tiny", v.name, "step") for v in (Variant("sampler", 0.7), Variant("plain", 0.7, "compiled"))}
+    measurement._measure_peaks(WORKLOADS["tiny"], rows, lambda text: None)
+    sampled, compiled = (row.facts.get("peak_bytes") for row in rows.values())
+    assert 4 * parameters < sampled < 40 * parameters
+    assert compiled is None
 
 
-def test_a_graph_trains_the_weights_of_its_eager_row(workload, monkeypatch):
+def test_a_graph_trains_the_weights_of_its_eager_row(monkeypatch):
     monkeypatch.setattr(measurement, "Captured", Replayed)
-    monkeypatch.setattr(measurement, "_gpu_sampler", lambda step, training: measurement._cpu_sampler(training))
     variants = [Variant("dropout", mode="graph"), Variant("sampler", 0.7, "graph")]
-    variants = [*variants, *(variant.eager for variant in variants)]
+    variants = [*(variant.trained for variant in variants), *variants]
     said = []
-    found = measurement.measure("smallest", variants, 2, False, said.append)
-    assert [m.variant for m in found] == [variant.name for variant in variants]
-    assert [m.mode for m in found] == ["graph", "graph", "eager", "eager"]
-    assert [m.matches_reference for m in found] == [None, True, None, True]
+    found = measurement.measure(WORKLOAD, variants, 2, with_memory=False, say=said.append)
+    assert [row.variant for row in found] == [variant.name for variant in variants]
+    assert [row.facts["run"] for row in found] == ["eager", "eager", "graph", "graph"]
+    assert [row.matches for row in found] == [None, True, None, True]
     assert said[2:4] == ["dropout 0.1, CUDA graph: warm-up", "mixout_kernels, sampler, p=0.7, CUDA graph: warm-up"]
-    assert [m.saved_bytes for m in found[:2]] == [m.saved_bytes for m in found[2:]]
+    assert [row.facts["saved_bytes"] for row in found[:2]] == [row.facts["saved_bytes"] for row in found[2:]]
 
 
-def names_of(*arguments):
-    return [variant.name for variant in _variants(_parse([*arguments]))]
+def test_groups_are_small_and_have_their_baselines(monkeypatch):
+    monkeypatch.setattr(backends.load("cuda"), "unavailable_reason", lambda: None)
+    variants = choose(WORKLOADS["bert-large"], _parse(["--device", "cuda"]))
+    groups = measurement.groups(variants, 4)
+    for group in groups:
+        assert len({variant.trained for variant in group}) <= 4
+        assert set(group) >= {v for member in group for v in (variants[0], member.dropout_alike, member.trained)}
+    assert {variant for group in groups for variant in group} == set(variants)
+    others = [variant for group in groups for variant in group if variant.kind != "dropout"]
+    assert len(others) == len(set(others))
+
+
+def names_of(*arguments, workload="minilm"):
+    return [variant.name for variant in choose(WORKLOADS[workload], _parse([*arguments]))]
 
 
 def test_rows_on_a_cpu():
     names = names_of("--device", "cpu")
-    assert len(names) == 12
-    assert names[3] == "torch.compile(plain formula), p=0.7"
-    assert not [name for name in names if "graph" in name or "compile(dropout" in name]
+    assert len(names) == 11
+    assert names[:2] == ["dropout 0.1", "torch.compile(dropout 0.1)"]
+    assert names[4] == "torch.compile(plain formula), p=0.7"
+    assert not [name for name in names if "graph" in name or "premix" in name]
     assert names_of("--device", "cpu", "--quick") == [name for name in names if "compile" not in name]
+    low = names_of("--device", "cpu", "--precision", "bfloat16", "--attention", "sdpa", "eager")
+    assert low == [name + ", bf16" for name in names] + [name + ", bf16, eager attention" for name in names]
+    full = names_of("--device", "cpu", "--full")
+    assert len(full) == 4 * 13
+    assert full[0] == "dropout 0.1"
+    assert "mixout_kernels, sampler, premix=True, p=0.9, bf16, eager attention" in full
+
+
+def test_tables():
+    assert _parse(["--device", "cpu"]).workloads == ("minilm",)
+    assert _parse(["--device", "cpu", "--full"]).workloads == ("minilm", "minilm-8x128")
+    assert _parse(["--device", "cuda", "--quick"]).workloads == ("tiny-gpu",)
 
 
 def test_rows_on_a_gpu(monkeypatch):
     monkeypatch.setattr(backends.load("cuda"), "unavailable_reason", lambda: None)
-    names = names_of("--device", "cuda")
-    assert "mixout_kernels, sampler, Triton, p=0.7" in names
-    assert names[-1] == "mixout_kernels, sampler, Triton, p=0.7, CUDA graph"
+    names = names_of("--device", "cuda", workload="bert-large")
+    assert "mixout_kernels, sampler, Triton, p=0.7, bf16" in names
+    assert names[-1] == "mixout_kernels, sampler, Triton, p=0.7, bf16, CUDA graph"
     monkeypatch.setattr(backends.load("cuda"), "unavailable_reason", lambda: "not built")
-    names = names_of("--device", "cuda")
+    names = names_of("--device", "cuda", workload="bert-large")
     assert not any("Triton" in name for name in names)
-    assert names[-5:] == [
-        "torch.compile(dropout 0.1)",
-        "torch.compile(mixout_kernels, sampler), p=0.7",
-        "dropout 0.1, CUDA graph",
-        "mixout_kernels, sampler, p=0.7, CUDA graph",
-        "mixout_kernels, sampler, p=0.9, CUDA graph",
+    assert names[-4:] == [
+        "torch.compile(mixout_kernels, sampler), p=0.7, bf16",
+        "dropout 0.1, bf16, CUDA graph",
+        "mixout_kernels, sampler, p=0.7, bf16, CUDA graph",
+        "mixout_kernels, sampler, p=0.9, bf16, CUDA graph",
     ]
-    assert names_of("--device", "cuda", "--only", "9, CUDA graph", "--no-compile") == [
-        "dropout 0.1",
-        "mixout_kernels, sampler, p=0.9",
-        "dropout 0.1, CUDA graph",
-        "mixout_kernels, sampler, p=0.9, CUDA graph",
+    assert names_of("--device", "cuda", "--only", "9, bf16, CUDA graph", workload="bert-large") == [
+        "dropout 0.1, bf16",
+        "mixout_kernels, sampler, p=0.9, bf16",
+        "dropout 0.1, bf16, CUDA graph",
+        "mixout_kernels, sampler, p=0.9, bf16, CUDA graph",
     ]
 
 
-def report_of(**changes):
-    def of(kind, p, *milliseconds, matches=None):
-        return Measurement(Variant(kind, p).name, kind, p, matches, 1 << 20, 2 << 20, 0, milliseconds=[*milliseconds])
+def row_of(variant, *milliseconds, matches=None):
+    facts = {**variant.facts(), "saved_bytes": 1 << 20, "target_bytes": 2 << 20, "mixed_bytes": 0}
+    row = Row("smallest", variant.name, "step", [m / 1e3 for m in milliseconds], facts=facts)
+    if matches is not None:
+        row.judge(Verdict(0.5 if matches else 2.0, "all gradients"))
+    return row
 
-    found = [of("dropout", 0.0, 100, 90, 200), of("sampler", 0.7, 70, 60, 500, matches=changes.get("matches", True))]
-    return Report(WORKLOAD, {"cpu": "a CPU"}, found)
+
+def text_of(matches=True):
+    dropout, ours = Variant("dropout"), Variant("sampler", 0.7)
+    rows = [row_of(dropout, 100, 90, 200), row_of(ours, 70, 60, 500, matches=matches)]
+    return markdown(Run(MACHINE, dropout.name, rows), WORKLOAD)
+
+
+def cells(text, name):
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_ratios_are_of_medians_and_goals_are_judged_by_them():
-    text = report_of().markdown()
-    assert "- p=0.7: 0.700 x dropout, to reach at most 0.75: yes" in text
-    assert "| mixout_kernels, sampler, p=0.7 | yes | 70.0 | 65.0 - 285.0 | 0.700 | - | 1.0 | 2.0 | - |" in text
+    text = text_of()
+    assert "p=0.7: 0.700 x dropout run alike, to reach at most 0.75: yes" in text
+    name = "mixout_kernels, sampler, p=0.7"
+    expected = [name, "yes", "70.0", "65.0 - 285.0", "0.700", "0.700", "-", "1.0", "2.0", "-"]
+    assert cells(text, name) == expected
 
 
 def test_a_wrong_step_gets_no_ratio():
-    text = report_of(matches=False).markdown()
-    assert "**NO** | 70.0 | 65.0 - 285.0 | **wrong**" in text
+    text = text_of(matches=False)
+    assert cells(text, "mixout_kernels, sampler, p=0.7")[1:5] == ["**NO**", "70.0", "65.0 - 285.0", "**wrong**"]
     assert "to reach at most 0.75: **no**" in text
 
 
-def test_a_graph_is_judged_by_dropout_in_a_graph():
-    def of(variant, milliseconds):
-        return Measurement(
-            variant.name, variant.kind, variant.p, None, 1 << 20, 0, 0, milliseconds=[milliseconds], mode=variant.mode
-        )
+def test_a_step_is_judged_by_dropout_that_is_run_alike():
+    dropout, ours = Variant("dropout"), Variant("sampler", 0.7)
+    rows = [row_of(dropout, 100), row_of(ours, 90)]
+    rows += [row_of(dataclasses.replace(v, mode="graph"), m) for v, m in ((dropout, 50), (ours, 30))]
+    rows += [row_of(dataclasses.replace(v, precision="bfloat16"), m) for v, m in ((dropout, 60), (ours, 48))]
+    run = Run(MACHINE, dropout.name, rows)
+    text = markdown(run, dataclasses.replace(WORKLOAD, device="cuda"))
+    name = "mixout_kernels, sampler, p=0.7"
+    assert f"- {name}: 0.900 x dropout run alike, to reach at most 0.75: **no**" in text
+    assert f"- {name}, CUDA graph: 0.600 x dropout run alike, to reach at most 0.75: yes" in text
+    assert cells(text, name)[4:6] == ["0.900", "0.900"]
+    assert cells(text, f"{name}, CUDA graph")[4:6] == ["0.300", "0.600"]
+    assert cells(text, f"{name}, bf16")[4:6] == ["0.480", "0.800"]
+    figure = draw(run, WORKLOAD)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [row.variant for row in rows]
 
-    dropout, sampler = Variant("dropout"), Variant("sampler", 0.7)
-    graphs = [dataclasses.replace(variant, mode="graph") for variant in (dropout, sampler)]
-    found = [of(dropout, 100), of(sampler, 90), of(graphs[0], 50), of(graphs[1], 30)]
-    on_gpu = dataclasses.replace(WORKLOAD, device="cuda")
-    text = Report(on_gpu, {"gpu": "a GPU"}, found).markdown()
-    assert "- p=0.7: 0.900 x dropout, to reach at most 0.75: **no**" in text
-    assert "- p=0.7, CUDA graph: 0.600 x dropout in one, to reach at most 0.75: yes" in text
-    assert "| mixout_kernels, sampler, p=0.7 | - | 90.0 | 90.0 - 90.0 | 0.900 | 0.900 |" in text
-    assert "| mixout_kernels, sampler, p=0.7, CUDA graph | - | 30.0 | 30.0 - 30.0 | 0.300 | 0.600 |" in text
+
+def lines_of(path):
+    with path.open() as file:
+        return {line["variant"]: line for line in csv.DictReader(file)}
 
 
-def test_command(tmp_path, capsys, workload, monkeypatch):
-    monkeypatch.setitem(WORKLOADS, "tiny", WORKLOAD)
-    assert main(["--quick", "--rounds", "2", "--only", "sampler", "--output", str(tmp_path), "--device", "cpu"]) == 0
-    saved = json.loads((tmp_path / "cpu.json").read_text())
-    names = [row["variant"] for row in saved["variants"]]
-    assert names[0] == "dropout 0.1"
-    assert len(names) == 5
-    assert all("sampler" in name for name in names[1:])
-    assert all(len(row["milliseconds"]) == 2 for row in saved["variants"])
-    assert (tmp_path / "cpu.md").read_text().strip() in capsys.readouterr().out
-    assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "tiny", dataclasses.replace(WORKLOAD, name="tiny"))
+    options = ["--quick", "--rounds", "2", "--only", "sampler", "--output", str(tmp_path), "--device", "cpu"]
+    assert main(options) == 0
+    lines = lines_of(tmp_path / "tiny.csv")
+    assert list(lines) == ["dropout 0.1", "mixout_kernels, sampler, p=0.7", "mixout_kernels, sampler, p=0.9"]
+    assert all(line["rounds"] == "2" and float(line["ratio"]) > 0 for line in lines.values())
+    assert (tmp_path / "tiny.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_line_errors(capsys):
     with pytest.raises(SystemExit):
         main(["--rounds", "0"])
     assert "--rounds: expected 1 or more, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--workloads", "bert-large", "--device", "cpu"])
+    assert "--workloads: bert-large is for --device cuda" in capsys.readouterr().err
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: steps on a GPU, and CUDA graphs")
@@ -284,36 +374,35 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HER
 @needs_gpu
 def test_command_on_a_gpu(tmp_path):
     assert main(["--quick", "--rounds", "2", "--output", str(tmp_path), "--device", "cuda"]) == 0
-    rows = {row["variant"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["variants"]}
-    assert list(rows) == names_of("--device", "cuda", "--quick")
-    graphs = [row for row in rows.values() if row["mode"] == "graph"]
-    assert [row["matches_reference"] for row in graphs] == [None, True, True]
-    for row in rows.values():
-        assert len(row["milliseconds"]) == 2
-        assert min(row["milliseconds"]) > 0
-        if row["mode"] == "eager":
-            assert row["launches"] > 100
-            assert row["peak_bytes"] > rows["dropout 0.1"]["saved_bytes"]
+    lines = lines_of(tmp_path / "tiny-gpu.csv")
+    assert list(lines) == names_of("--device", "cuda", "--quick", workload="tiny-gpu")
+    graphs = [line for line in lines.values() if line["run"] == "graph"]
+    assert {line["matches_reference"] for line in graphs if line["kind"] != "dropout"} == {"True"}
+    for line in lines.values():
+        assert line["rounds"] == "2"
+        if line["run"] == "eager":
+            assert int(line["launches"]) > 100
+            assert int(line["peak_bytes"]) > int(lines["dropout 0.1, bf16"]["saved_bytes"])
 
 
 @needs_gpu
 def test_compiled_steps_on_a_gpu():
-    variants = [variant for variant in all_variants() if variant.mode == "compiled" or variant == Variant("dropout")]
-    found = measurement.measure("tiny-gpu", variants, 1, False, lambda _: None)
-    assert [m.matches_reference for m in found if m.kind == "sampler"] == [True]
-    assert all(m.launches > 10 for m in found)
+    variants = [variant for variant in all_variants(("bfloat16",), ("sdpa",)) if variant.mode == "compiled"]
+    found = measurement.measure(WORKLOADS["tiny-gpu"], variants, 1, **SILENT)
+    assert [row.matches for row in found if row.facts["kind"] == "sampler"] == [True]
+    assert all(row.facts["launches"] > 10 for row in found)
 
 
 @needs_gpu
 def test_replays_and_eager_steps_take_turns():
-    training = trained(Variant("sampler", 0.7), workload=WORKLOADS["tiny-gpu"])
-    captured = Captured(training)
+    training = trained(Variant("sampler", 0.7, precision="bfloat16"), workload=WORKLOADS["tiny-gpu"])
+    captured = Captured(training, torch.cuda.graph_pool_handle())
     weight = training.model.bert.pooler.dense.weight
     for _ in range(3):
         step, before = training.sampler.step, weight.detach().clone()
         captured.step()
         assert training.sampler.step == step + 1
         assert not torch.equal(weight, before)
-        assert agreement.replay_matches_reference(captured)
+        assert agreement.check_replay(captured).matches
         training.step()
-        assert agreement.matches_reference(training)
+        assert agreement.check(training).matches

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import FinetuneError
+from benchmarks.common.errors import CommandError
 
 # The report of the missing head, and the bars of loading.
 transformers.logging.set_verbosity_error()
@@ -26,25 +26,25 @@ class Checkpoint:
 
     def __init__(self, folder: Path, max_length: int) -> None:
         if not folder.is_dir():
-            raise FinetuneError(f"--model {folder}: no such folder; expected a transformers checkpoint on this disk")
+            raise CommandError(f"--model {folder}: no such folder; expected a transformers checkpoint on this disk")
         if not (folder / "config.json").is_file():
-            raise FinetuneError(f"--model {folder}: no config.json in it; expected a transformers checkpoint")
+            raise CommandError(f"--model {folder}: no config.json in it; expected a transformers checkpoint")
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
-            raise FinetuneError(f"--model {folder}: cannot load its tokenizer: {_first_line(error)}") from None
+            raise CommandError(f"--model {folder}: cannot load its tokenizer: {_first_line(error)}") from None
         positions = getattr(config, "max_position_embeddings", -1)  # -1: no limit, in XLNet
         longest = min(positions if positions > 0 else max_length, tokenizer.model_max_length)
         if max_length > longest:
-            raise FinetuneError(f"--max-length {max_length}: this model takes at most {longest} tokens")
+            raise CommandError(f"--max-length {max_length}: this model takes at most {longest} tokens")
         known = getattr(config, "vocab_size", 0)
         if len(tokenizer) > known:
-            raise FinetuneError(f"--model {folder}: its tokenizer has {len(tokenizer)} tokens, the model {known}")
+            raise CommandError(f"--model {folder}: its tokenizer has {len(tokenizer)} tokens, the model {known}")
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
-                raise FinetuneError(f"--model {folder}: its tokenizer has no padding token")
+                raise CommandError(f"--model {folder}: its tokenizer has no padding token")
             tokenizer.pad_token = tokenizer.eos_token
         self.folder = folder
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
@@ -61,7 +61,7 @@ class Checkpoint:
             )
         except Exception as error:  # as above
             reason = _first_line(error)
-            raise FinetuneError(f"--model {self.folder}: cannot load a sequence classifier: {reason}") from None
+            raise CommandError(f"--model {self.folder}: cannot load a sequence classifier: {reason}") from None
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,20 @@ class Result:
     failure: str | None = None
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+
+    def as_line(self) -> dict[str, str | int | float | None]:
+        """Sum it up in the columns of the CSV; the first step of a restart makes Adam's state, and is left out."""
+        seconds, losses = self.step_seconds[1:], self.losses
+        return {
+            "variant": self.variant,
+            "restart": self.restart,
+            "seed": self.seed,
+            "accuracy": self.accuracy,
+            "failure": self.failure,
+            "steps": len(losses),
+            "last_loss": f"{losses[-1]:.4g}" if losses else None,
+            "median_step_ms": f"{1e3 * statistics.median(seconds):.4g}" if seconds else None,
+        }
 
 
 class Run:

@@ -1,12 +1,12 @@
-"""What a GPU sample consists of, on a stand-in for torch.cuda that notes what is asked of it."""
+"""What a sample consists of, on a stand-in for torch.cuda that notes what is asked of it."""
 
 import contextlib
 
 import pytest
 import torch
 
-from benchmarks.layers.interleave import Sample
-from benchmarks.layers.sampling import Phases, make_sampler
+from benchmarks.common import clocks
+from benchmarks.layers.measurement import Phases
 
 CUDA = torch.device("cuda")
 
@@ -61,29 +61,38 @@ class FakeCuda:
 
 class LoggedPhases(Phases):
     def __init__(self, log, calls):
-        super().__init__(layer=lambda operands: torch.empty(0), operands=[None] * calls, has_backward=True)
+        super().__init__(lambda operands: torch.empty(0), [None] * calls, has_backward=True)
         self.log = log
 
     def forward(self):
         self.log.append("forward")
-        return super().forward()
+        super().forward()
 
-    def backward(self, outputs):
-        assert len(outputs) == len(self.operands)
+    def backward(self):
+        assert len(self._outputs) == len(self.operands)
         self.log.append("backward")
 
 
-@pytest.mark.parametrize("launch", ["graph", "eager"])
-def test_a_sample_is_n_calls_of_each_phase_and_one_synchronisation(monkeypatch, launch):
+@pytest.mark.parametrize("pool", ["pool", None])
+def test_a_sample_is_n_calls_of_each_phase_and_one_synchronisation(monkeypatch, pool):
     fake = FakeCuda(monkeypatch)
-    sample = make_sampler(LoggedPhases(fake.log, calls=4), CUDA, launch, "pool")
+    sample = LoggedPhases(fake.log, calls=4).sampler(CUDA, pool)
     fake.log.clear()
-    assert sample() == Sample(forward=0.002, backward=0.006)
-    phases = ["replay forward", "replay backward"] if launch == "graph" else ["forward", "backward"]
+    assert sample() == (0.002, 0.006)
+    phases = ["replay forward", "replay backward"] if pool else ["forward", "backward"]
     assert fake.log == ["record 0", phases[0], "record 1", phases[1], "record 2", "synchronize 2"]
 
 
 def test_warm_up_is_not_captured(monkeypatch):
     fake = FakeCuda(monkeypatch)
-    make_sampler(LoggedPhases(fake.log, calls=1), CUDA, "graph", "pool")
+    LoggedPhases(fake.log, calls=1).sampler(CUDA, "pool")
     assert fake.log == ["forward", "backward"] * 3 + ["forward", "captured", "backward", "captured"]
+
+
+def test_seconds_by_the_clock(monkeypatch):
+    times = iter([1.0, 1.5, 3.5])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(times))
+    done = []
+    sample = clocks.sampler([lambda: done.append("a"), lambda: done.append("b")], torch.device("cpu"), calls=2)
+    assert sample() == (0.25, 1.0)
+    assert done == ["a", "b"]

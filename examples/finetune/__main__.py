@@ -1,4 +1,4 @@
-"""``python -m benchmarks.finetune``"""
+"""``python -m examples.finetune``"""
 
 import sys
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.common.report import BLUES, GREY, ORANGE, tidy
+
 from .summary import Summary
-
-matplotlib.use("Agg")
-
-# Colour-blind safe: grey for what is compared with, orange for the plain formula, blues for this package.
-GREY, ORANGE, BLUES = "#8c8c8c", "#e69f00", ("#0072b2", "#56b4e9", "#004c78", "#9ad0f5")
 
 
 def save_plot(path: Path, title: str, summaries: Sequence[Summary], majority_rate: float, held_out: str) -> None:
@@ -50,7 +46,7 @@ def _draw_accuracy(axes: Axes, summaries: Sequence[Summary], colours: Sequence[s
                 f"{summary.mean:.1%}", (100 * summary.mean, place - 0.33), ha="center", va="bottom", fontsize=9
             )
     axes.legend(loc="lower left", fontsize=8, frameon=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_bars(
@@ -70,7 +66,7 @@ def _draw_bars(
         axes.annotate(text, (value, place), va="center", fontsize=9)
     axes.set_xlabel(label)
     axes.margins(x=0.42)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _tidy(axes: Axes) -> None:

@@ -1,15 +1,51 @@
-"""Mixout as one would write it in PyTorch from the paper, without this package's kernels: the baseline to beat.
+"""The ways to regularise a fine-tuning that are compared, mixout by the plain formula among them.
 
-Each forward draws the mask, writes Phi with plain tensor operations and calls ``F.linear``; autograd does the rest.
+The plain formula is mixout as one would write it in PyTorch from the paper, without this package's kernels. Each
+forward draws the mask, writes Phi with plain tensor operations and calls ``F.linear``; autograd does the rest.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixout_kernels import MixLinear, apply_mixout
+from mixout_kernels.functional import Mask
+
+Kind = Literal["dropout", "none", "plain", "mixout"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to regularise the same training."""
+
+    kind: Kind
+    p: float = 0.0
+    mask: Mask = "neuron"
+
+    @property
+    def name(self) -> str:
+        return {
+            "dropout": "dropout",
+            "none": "no regularisation",
+            "plain": f"plain formula, p={self.p:g}",
+            "mixout": f"mixout_kernels, p={self.p:g}",
+        }[self.kind]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change a model with its pretrained weights, in place; "dropout" leaves it with the rates of its config."""
+        if self.kind == "none":
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        elif self.kind == "plain":
+            apply_plain_mixout(model, p=self.p, mask=self.mask)
+        elif self.kind == "mixout":
+            apply_mixout(model, p=self.p, mask=self.mask)
 
 
 def plain_mixout(weight: Tensor, target: Tensor, p: float, mask: str, neuron_axis: int = 1) -> Tensor:
@@ -55,7 +91,7 @@ class PlainMixConv1D(nn.Module):
 
 
 def apply_plain_mixout(model: nn.Module, *, p: float, mask: str = "neuron") -> list[str]:
-    """Puts the plain formula into the very layers that ``apply_mixout`` chooses, in place; returns their names."""
+    """Put the plain formula into the very layers that ``apply_mixout`` chooses, in place, and return their names."""
     report = apply_mixout(model, p=p, mask=mask)
     replaced: dict[int, nn.Module] = {}
     for name in report.mixed:

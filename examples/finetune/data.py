@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from . import assets
-from .errors import FinetuneError
+from benchmarks.common import assets
+from benchmarks.common.errors import CommandError
+
 from .settings import Settings
 
 # Of the pinned sentences: as little training data as the paper's smallest tasks have, and a test split that is
@@ -69,14 +70,14 @@ def load_task(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Task:
     label_names = sorted({row.label for row in [*train, *test]})
     for name, rows in (("training", train), ("test", test)):
         if not rows:
-            raise FinetuneError(f"the {name} split is empty: {description}")
+            raise CommandError(f"the {name} split is empty: {description}")
     trained_labels = {row.label for row in train}
     if len(trained_labels) < 2:
-        raise FinetuneError(
+        raise CommandError(
             f"all {len(train)} training rows have the label {train[0].label!r}: a classifier needs two labels or more"
         )
     if len(label_names) > len(train) / 2:
-        raise FinetuneError(
+        raise CommandError(
             f"{len(label_names)} different labels in {len(train)} training rows: is {settings.label_column!r} the "
             "column of a class label?"
         )
@@ -103,7 +104,7 @@ def _rows(settings: Settings) -> tuple[list[Row], list[Row], str]:
     rows, dropped = cleaned(read_file(settings.csv, *columns))
     where = f"{settings.csv} ({len(rows)} rows without {dropped} empty or repeated ones)"
     if not rows:
-        raise FinetuneError(f"{settings.csv} has no row with both a text and a label")
+        raise CommandError(f"{settings.csv} has no row with both a text and a label")
     if settings.test_csv is None:
         size = settings.test_size or max(1, round(len(rows) * settings.test_fraction))
         train, test = split(rows, size, settings.seed)
@@ -135,9 +136,9 @@ def read_file(path: Path, text_column: str, label_column: str, group_column: str
             delimiter = "\t" if ".tsv" in path.suffixes else ","
             return read_rows(file, str(path), text_column, label_column, group_column, delimiter)
     except UnicodeDecodeError as error:
-        raise FinetuneError(f"{path} is not UTF-8 text: {error}") from None
+        raise CommandError(f"{path} is not UTF-8 text: {error}") from None
     except (OSError, EOFError) as error:
-        raise FinetuneError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise CommandError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read_rows(
@@ -149,7 +150,7 @@ def read_rows(
         existing = list(reader.fieldnames or ())
         for column in (text_column, label_column, group_column):
             if column is not None and column not in existing:
-                raise FinetuneError(
+                raise CommandError(
                     f"{name} has no column {column!r}; its columns: {', '.join(existing) or 'none, it is empty'}"
                 )
         rows = []
@@ -158,7 +159,7 @@ def read_rows(
             group = str(number) if group_column is None else row[group_column] or ""
             rows.append(Row(text, label, group))
     except csv.Error as error:
-        raise FinetuneError(f"{name}, line {reader.line_num}: {error}") from None
+        raise CommandError(f"{name}, line {reader.line_num}: {error}") from None
     return rows
 
 

@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained transformer on little data: dropout, mixout by the plain formula, and mixout_kernels.
 
-``python -m benchmarks.finetune --help`` lists the options.
+``python -m examples.finetune --help`` lists the options.
 """
 
 import os

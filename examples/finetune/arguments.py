@@ -15,7 +15,7 @@ from .settings import KINDS, Kind, Settings, Variant
 def parse_settings(arguments: Sequence[str] | None) -> Settings:
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.finetune",
+        prog="python -m examples.finetune",
         usage="%(prog)s [options]",
         description="Fine-tunes a pretrained transformer on little data, once per variant and restart, and compares "
         "dropout, mixout by the plain formula and mixout_kernels in accuracy, time per step and memory. Without "

@@ -1,52 +1,34 @@
-"""What a run is asked to do."""
+"""The settings of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
-from benchmarks.baselines import apply_plain_mixout
-from mixout_kernels import apply_mixout
-from mixout_kernels.functional import Mask
+from benchmarks.common.errors import CommandError
+from benchmarks.common.methods import Kind, Method
 
-from .errors import FinetuneError
-
-Kind = Literal["dropout", "plain", "mixout"]
 KINDS: tuple[Kind, ...] = ("dropout", "plain", "mixout")
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Method):
     """One way to regularise the same fine-tuning."""
-
-    kind: Kind
-    p: float = 0.0
-    mask: Mask = "neuron"
 
     @property
     def name(self) -> str:
-        names = {
-            "dropout": "dropout + weight decay",
-            "plain": f"plain formula, p={self.p:g}",
-            "mixout": f"mixout_kernels, p={self.p:g}",
-        }
-        return names[self.kind]
+        return "dropout + weight decay" if self.kind == "dropout" else super().name
 
     def prepare(self, model: nn.Module) -> None:
-        """Changes a freshly loaded model, in place; "dropout" leaves it with the rates of its checkpoint."""
         try:
-            if self.kind == "plain":
-                apply_plain_mixout(model, p=self.p, mask=self.mask)
-            elif self.kind == "mixout":
-                apply_mixout(model, p=self.p, mask=self.mask)
+            super().prepare(model)
         except ValueError as error:
-            raise FinetuneError(str(error)) from None
+            raise CommandError(str(error)) from None
 
     def weight_decay(self, rate: float) -> float:
-        """Only the standard recipe pulls the weights to zero: mixout pulls them to the pretrained ones instead."""
+        """Decay only in the standard recipe: mixout pulls the weights to the pretrained ones instead of to zero."""
         return rate if self.kind == "dropout" else 0.0
 
 
@@ -78,5 +60,5 @@ class Settings:
 
     @property
     def held_out(self) -> str:
-        """The split that accuracies are of."""
+        """Name the split whose accuracies are reported."""
         return "validation" if self.validate else "test"

@@ -1,18 +1,21 @@
-"""The report of a run: Markdown, JSON with every single result, and a plot, written anew after every restart."""
+"""The report of a run: Markdown, CSV, JSON with every single step, and a plot, written anew after every restart."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import machine
+from benchmarks.common.errors import CommandError
+from benchmarks.common.report import machine_line, table
+
 from .data import Task
-from .environment import environment
-from .errors import FinetuneError
 from .plot import save_plot
 from .settings import Settings
 from .summary import Summary, summarise
@@ -22,7 +25,7 @@ from .training import Result, total_steps
 class Report:
     def __init__(self, settings: Settings, task: Task) -> None:
         self.settings, self.task = settings, task
-        self.environment = environment()
+        self.machine = machine.describe()
         self.memory: dict[str, float | None] = {}  # per variant, in MiB
         self.results: list[Result] = []
         # Now, not after the first restart: a folder that cannot be written must not cost one.
@@ -43,6 +46,8 @@ class Report:
             path.write_text(json.dumps(self.as_json(), indent=1, default=str) + "\n", encoding="utf-8")
         with _written_at_once(folder / "report.md") as path:
             path.write_text(self.markdown(), encoding="utf-8")
+        with _written_at_once(folder / "report.csv") as path:
+            self._write_csv(path)
         with _written_at_once(folder / "report.png") as path:
             save_plot(path, self.title(), self.summaries(), self.task.majority_rate, self.settings.held_out)
 
@@ -54,7 +59,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "settings": asdict(self.settings),
-            "environment": self.environment,
+            "machine": self.machine,
             "task": {
                 "description": self.task.description,
                 "labels": self.task.label_names,
@@ -67,11 +72,24 @@ class Report:
             "runs": [asdict(result) for result in self.results],
         }
 
+    def _write_csv(self, path: Path) -> None:
+        """Write one line per restart and variant."""
+        machine = {name: self.machine[name] for name in ("device", "threads", "torch", "commit")}
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer: csv.DictWriter[str] | None = None
+            for result in self.results:
+                line = {**machine, "split": self.settings.held_out, "lr": self.settings.lr, **result.as_line()}
+                line["peak_mib"] = _format(self.memory.get(result.variant), ".1f")
+                if writer is None:
+                    writer = csv.DictWriter(file, list(line), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow(line)
+
     def markdown(self) -> str:
         plot = "![accuracy, time and memory per variant](report.png)"
-        return "\n".join(["# Fine-tuning", "", *self.table(), "", *self.notes(), "", plot, ""])
+        return "\n".join(["# Fine-tuning", "", self.table(), "", *self.notes(), "", plot, ""])
 
-    def table(self) -> list[str]:
+    def table(self) -> str:
         columns = {
             "variant": lambda line: line.variant,
             "mean acc.": lambda line: _format(line.mean, ".1%"),
@@ -83,10 +101,10 @@ class Report:
             "peak MiB": lambda line: _format(line.memory_mib, ".0f"),
             "memory / dropout": lambda line: _format(line.memory_ratio, ".2f"),
         }
-        return _aligned([list(columns), *([cell(line) for cell in columns.values()] for line in self.summaries())])
+        return table(list(columns), [[cell(line) for cell in columns.values()] for line in self.summaries()])
 
     def notes(self) -> list[str]:
-        settings, task, found = self.settings, self.task, self.environment
+        settings, task = self.settings, self.task
         model = settings.model or "all-MiniLM-L6-v2, 22.7M parameters"
         masks = sorted({variant.mask for variant in settings.variants if variant.kind in ("plain", "mixout")})
         failures = [
@@ -108,8 +126,7 @@ class Report:
             "- Milliseconds: median over all steps but the first of each restart; forward, backward and optimizer.",
             "- Peak MiB: rise of the resident memory of a fresh process that trains this variant alone, from "
             "before its model is loaded.",
-            f"- {found['cpu']}, {found['threads']} threads, torch {found['torch']}, "
-            f"transformers {found['transformers']}, mixout_kernels {found['mixout_kernels']} ({found['kernels']}).",
+            f"- {machine_line(self.machine)}",
         ]
 
 
@@ -125,15 +142,8 @@ def _written_at_once(path: Path) -> Iterator[Path]:
         finally:
             scratch.unlink(missing_ok=True)
     except OSError as error:
-        raise FinetuneError(f"--output {path.parent}: cannot write there: {error.strerror}") from None
+        raise CommandError(f"--output {path.parent}: cannot write there: {error.strerror}") from None
 
 
 def _format(value: float | None, how: str) -> str:
     return "-" if value is None else format(value, how)
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"| {' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])} |" for row in table]
-    rule = f"|{'|'.join(['-' * (widths[0] + 2), *('-' * (width + 1) + ':' for width in widths[1:])])}|"
-    return [lines[0], rule, *lines[1:]]

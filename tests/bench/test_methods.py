@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import mixout_kernels as mk
-from benchmarks.baselines import PlainMixLinear, apply_plain_mixout, plain_mixout
+from benchmarks.common.methods import PlainMixLinear, apply_plain_mixout, plain_mixout
 
 
 def keeps_and_drops(phi: Tensor, weight: Tensor, target: Tensor, p: float) -> Tensor:

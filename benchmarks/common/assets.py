@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from .errors import FinetuneError
+from .errors import CommandError
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ def fetched(package: Package, cache: Path) -> Path:
         if pip.returncode != 0 or not downloaded.exists():
             said = pip.stderr.strip().splitlines() or [f"no {package.filename} came"]
             reason = said[-1].removeprefix("ERROR: ").rstrip(".")
-            raise FinetuneError(
+            raise CommandError(
                 f"could not download {package.requirement}: {reason}; check the network and pip's index, or {by_hand}"
             )
         if (found := _sha256(downloaded)) != package.sha256:
-            raise FinetuneError(f"{package.requirement} came damaged (its sha256 is {found}): try again, or {by_hand}")
+            raise CommandError(f"{package.requirement} came damaged (its sha256 is {found}): try again, or {by_hand}")
         os.replace(downloaded, path)
     return path
 
@@ -135,8 +135,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _unwritable(cache: Path, error: OSError) -> FinetuneError:
-    return FinetuneError(
+def _unwritable(cache: Path, error: OSError) -> CommandError:
+    return CommandError(
         f"cannot use the cache {cache}: {error}; set MIXOUT_KERNELS_CACHE to a folder that can be written"
     )
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import assets
+from benchmarks.common import assets
+from benchmarks.common.errors import CommandError
+
 from .arguments import parse_settings
 from .data import load_task
-from .errors import FinetuneError
 from .memory import peak_mebibytes
 from .model import Checkpoint
 from .report import Report
@@ -27,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint = Checkpoint(settings.model or assets.minilm(assets.cache_folder()), settings.max_length)
         report = Report(settings, load_task(settings, checkpoint.tokenizer))
         run(report, checkpoint)
-    except FinetuneError as error:
+    except CommandError as error:
         return _stopped(f"error: {error}", report, EXIT_FAILED)
     except KeyboardInterrupt:
         return _stopped("interrupted", report, EXIT_INTERRUPTED)
-    print("\n".join(["", *report.table(), "", *report.notes()]))
-    print(f"\nreport.md, report.json and report.png are in {settings.output}")
+    print("\n".join(["", report.table(), "", *report.notes()]))
+    print(f"\nreport.md, report.csv, report.json and report.png are in {settings.output}")
     if not any(summary.accuracies for summary in report.summaries()):
         return _stopped("error: every run failed; try a smaller --lr", None, EXIT_FAILED)
     return 0
