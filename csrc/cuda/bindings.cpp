@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -23,15 +22,11 @@ namespace {
 using namespace mixout::cuda;
 
 using Address = uintptr_t;
-using MaskArguments = std::tuple<Address, uint32_t>;  // seed, threshold
-using TensorArguments = std::tuple<Address, Address, Address, Address, int64_t, int64_t, uint32_t, MaskAxis>;
 
 template <typename T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
-
-Mask mask_of(const MaskArguments& mask) { return {pointer<const int64_t>(std::get<0>(mask)), std::get<1>(mask)}; }
 
 #if defined(MIXOUT_HOST_EMULATION)
 [[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for host emulation";
@@ -63,11 +58,29 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .value("float32", Type::float32)
       .value("bfloat16", Type::bfloat16)
       .value("float16", Type::float16);
-  py::enum_<MaskAxis>(module, "MaskAxis")
-      .value("column", MaskAxis::column)
-      .value("row", MaskAxis::row)
-      .value("flat", MaskAxis::flat)
-      .value("flat_transposed", MaskAxis::flat_transposed);
+  // Records are made anew for each launch, so those with few fields take them by position: names cost 0.7 us a call.
+  py::class_<Mask>(module, "Mask")
+      .def(py::init([](Address seed, double p, int64_t offset, int64_t row, int64_t column, uint32_t inner) {
+             const auto threshold = static_cast<uint32_t>(mixout::keep_threshold(p));
+             return Mask{pointer<const int64_t>(seed), {offset, row, column}, threshold, inner};
+           }),
+           py::arg("seed"), py::arg("p"), py::arg("offset"), py::arg("row_stride"), py::arg("column_stride"),
+           py::arg("inner"));
+  py::class_<MixTensor>(module, "MixTensor")
+      .def(py::init([](Address w, Address u, Address out, const Mask& mask, int64_t numel, int64_t columns,
+                       float factor) {
+             return MixTensor{pointer(w), pointer(u), pointer(out), mask, numel, columns, factor};
+           }),
+           py::arg("w"), py::arg("u"), py::arg("out"), py::arg("mask"), py::arg("numel"), py::arg("columns"),
+           py::arg("factor"));
+  py::class_<Product>(module, "Product")
+      .def(py::init([](Address x, Address w, Address u, Address bias, Address out, const Mask& mask, float scale,
+                       int64_t rows, int64_t outputs, int64_t contraction, bool contiguous) {
+             return Product{pointer(x), pointer(w), pointer(u), pointer(bias), pointer(out), mask, scale, rows,
+                            outputs, contraction, contiguous};
+           }),
+           py::arg("x"), py::arg("w"), py::arg("u"), py::arg("bias"), py::arg("out"), py::arg("mask"),
+           py::arg("scale"), py::arg("rows"), py::arg("outputs"), py::arg("contraction"), py::arg("contiguous"));
   py::class_<ProductPlan>(module, "ProductPlan")
       .def_readonly("splits", &ProductPlan::splits)
       .def_readonly("partial_floats", &ProductPlan::partial_floats)
@@ -75,38 +88,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 
   module.def(
       "mix",
-      [](const std::vector<TensorArguments>& tensors, Type w, Type u, Type out, uint32_t threshold, float scale,
-         Address stream) {
-        std::vector<MixTensor> table;
-        table.reserve(tensors.size());
-        for (const auto& [w_address, u_address, out_address, seed, numel, columns, inner, axis] : tensors)
-          table.push_back(
-              {pointer(w_address), pointer(u_address), pointer(out_address), pointer<const int64_t>(seed), numel,
-               columns, inner, axis});
-        mix_tensors(table.data(), static_cast<int>(table.size()), w, u, out, threshold, scale, pointer(stream));
+      [](const std::vector<MixTensor>& tensors, Type w, Type u, Type out, Address stream) {
+        mix_tensors(tensors.data(), static_cast<int>(tensors.size()), w, u, out, pointer(stream));
       },
-      py::arg("tensors"), py::arg("w"), py::arg("u"), py::arg("out"), py::arg("threshold"), py::arg("scale"),
-      py::arg("stream"));
+      py::arg("tensors"), py::arg("w"), py::arg("u"), py::arg("out"), py::arg("stream"));
   module.def(
       "keep_mask",
-      [](const MaskArguments& mask, Address out, int64_t n, Address stream) {
-        keep_mask(mask_of(mask), pointer<bool>(out), n, pointer(stream));
+      [](const Mask& mask, Address out, int64_t rows, int64_t columns, Address stream) {
+        keep_mask(mask, pointer<bool>(out), rows, columns, pointer(stream));
       },
-      py::arg("mask"), py::arg("out"), py::arg("n"), py::arg("stream"));
+      py::arg("mask"), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("stream"));
   module.def(
       "gather_kept",
-      [](const MaskArguments& mask, Address x, Address compact, Type type, int64_t rows, int64_t features,
-         int64_t capacity, Address stream) {
-        gather_kept(mask_of(mask), pointer(x), pointer(compact), type, rows, features, capacity, pointer(stream));
+      [](const Mask& mask, Address x, Address compact, Type type, int64_t rows, int64_t features, int64_t capacity,
+         Address stream) {
+        gather_kept(mask, pointer(x), pointer(compact), type, rows, features, capacity, pointer(stream));
       },
       py::arg("mask"), py::arg("x"), py::arg("compact"), py::arg("type"), py::arg("rows"), py::arg("features"),
       py::arg("capacity"), py::arg("stream"));
   module.def(
       "scatter_kept",
-      [](const MaskArguments& mask, Address compact, Address dw, Type compact_type, Type dw_type, float scale,
-         int64_t rows, int64_t features, int64_t capacity, bool transposed, Address stream) {
-        scatter_kept(mask_of(mask), pointer(compact), pointer(dw), compact_type, dw_type, scale, rows, features,
-                     capacity, transposed, pointer(stream));
+      [](const Mask& mask, Address compact, Address dw, Type compact_type, Type dw_type, float scale, int64_t rows,
+         int64_t features, int64_t capacity, bool transposed, Address stream) {
+        scatter_kept(mask, pointer(compact), pointer(dw), compact_type, dw_type, scale, rows, features, capacity,
+                     transposed, pointer(stream));
       },
       py::arg("mask"), py::arg("compact"), py::arg("dw"), py::arg("compact_type"), py::arg("dw_type"),
       py::arg("scale"), py::arg("rows"), py::arg("features"), py::arg("capacity"), py::arg("transposed"),
@@ -116,20 +121,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       py::arg("x"), py::arg("multiprocessors"));
   module.def(
       "mix_product",
-      [](Address x, Address w, Address u, Address bias, Address out, const MaskArguments& mask, float scale,
-         int64_t rows, int64_t outputs, int64_t contraction, bool contiguous, bool features_are_outputs,
-         bool per_weight, const ProductPlan& plan, Type w_type, Type u_type, Type x_type, Address partial,
-         Address arrivals, Address stream) {
-        const Product product{
-            pointer(x), pointer(w), pointer(u), pointer(bias), pointer(out), mask_of(mask), scale, rows, outputs,
-            contraction, contiguous, features_are_outputs, per_weight};
-        mix_product(product, plan, w_type, u_type, x_type, pointer<float>(partial), pointer<uint32_t>(arrivals),
-                    pointer(stream));
+      [](const Product& product, const ProductPlan& plan, Type w, Type u, Type x, Address partial, Address arrivals,
+         Address stream) {
+        mix_product(product, plan, w, u, x, pointer<float>(partial), pointer<uint32_t>(arrivals), pointer(stream));
       },
-      py::arg("x"), py::arg("w"), py::arg("u"), py::arg("bias"), py::arg("out"), py::arg("mask"), py::arg("scale"),
-      py::arg("rows"), py::arg("outputs"), py::arg("contraction"), py::arg("contiguous"),
-      py::arg("features_are_outputs"), py::arg("per_weight"), py::arg("plan"), py::arg("w_type"), py::arg("u_type"),
-      py::arg("x_type"), py::arg("partial"), py::arg("arrivals"), py::arg("stream"));
+      py::arg("product"), py::arg("plan"), py::arg("w"), py::arg("u"), py::arg("x"), py::arg("partial"),
+      py::arg("arrivals"), py::arg("stream"));
 
 #if !defined(MIXOUT_HOST_EMULATION)
   module.def("allocate_counters", &allocate_counters, py::arg("count"), py::arg("stream"));

@@ -15,10 +15,10 @@ namespace {
 constexpr int kColumnThreads = 256, kColumnWarps = kColumnThreads / kWarpSize;
 
 // The number of kept features below `end`, a multiple of four; for all threads of the block.
-MIXOUT_DEVICE int64_t kept_below(uint64_t seed, uint32_t threshold, int64_t end) {
+MIXOUT_DEVICE int64_t kept_below(const Mask& mask, uint64_t seed, int64_t end) {
   uint32_t count = 0;
   for (int64_t group = thread_index(); group < end / 4; group += kColumnThreads)
-    count += count_bits(keep_bits<4>(seed, 4 * group, threshold));
+    count += count_bits(keep_bits<4>(seed, mask.strides.offset + 4 * group, mask.threshold));
   auto* of_warp = reinterpret_cast<uint32_t*>(shared_memory());
   count = warp_sum(count);
   if (thread_index() % kWarpSize == 0) of_warp[thread_index() / kWarpSize] = count;
@@ -36,10 +36,11 @@ struct Slot {
 };
 
 // For a block whose thread t owns feature first + t.
-MIXOUT_DEVICE Slot find_slot(uint64_t seed, uint32_t threshold, int64_t first, int64_t features) {
-  const int64_t before = kept_below(seed, threshold, first);
+MIXOUT_DEVICE Slot find_slot(const Mask& mask, int64_t first, int64_t features) {
+  const uint64_t seed = seed_value(mask.seed);
+  const int64_t before = kept_below(mask, seed, first);
   const int64_t j = first + thread_index();
-  const bool keep = j < features && mask_word(seed, j) >= threshold;
+  const bool keep = j < features && mask_word(seed, mask.strides.offset + j) >= mask.threshold;
   const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize;
   const uint32_t ballot = warp_ballot(keep);
   auto* of_warp = reinterpret_cast<uint32_t*>(shared_memory());
@@ -62,7 +63,7 @@ template <typename T>
 MIXOUT_KERNEL(kColumnThreads, 4)
 gather_kept_kernel(ColumnArguments a, const T* __restrict__ x, T* __restrict__ compact) {
   const int64_t first = block_x() * kColumnThreads;
-  const Slot slot = find_slot(seed_value(a.mask.seed), a.mask.threshold, first, a.features);
+  const Slot slot = find_slot(a.mask, first, a.features);
   const int64_t begin = block_y() * a.rows_per_block, end = min_of(begin + a.rows_per_block, a.rows);
   if (slot.keep && slot.rank < a.capacity) {
     const T* from = x + begin * a.features + first + thread_index();
@@ -80,7 +81,7 @@ template <typename T, typename O>
 MIXOUT_KERNEL(kColumnThreads, 4)
 scatter_kept_kernel(ColumnArguments a, const T* __restrict__ compact, O* __restrict__ dw, float scale) {
   const int64_t j = block_x() * kColumnThreads + thread_index();
-  const Slot slot = find_slot(seed_value(a.mask.seed), a.mask.threshold, block_x() * kColumnThreads, a.features);
+  const Slot slot = find_slot(a.mask, block_x() * kColumnThreads, a.features);
   if (j >= a.features) return;
   const int64_t begin = block_y() * a.rows_per_block, end = min_of(begin + a.rows_per_block, a.rows);
   const bool has_gradient = slot.keep && slot.rank < a.capacity;
@@ -97,11 +98,11 @@ MIXOUT_KERNEL(kColumnThreads, 4)
 scatter_kept_lines_kernel(ColumnArguments a, const T* __restrict__ compact, O* __restrict__ dw, float scale) {
   const uint64_t seed = seed_value(a.mask.seed);
   const int64_t first = block_x() * kColumnWarps;
-  const int64_t before = kept_below(seed, a.mask.threshold, first);
+  const int64_t before = kept_below(a.mask, seed, first);
   const int warp = thread_index() / kWarpSize, lane = thread_index() % kWarpSize;
   const int64_t j = first + warp;
   if (j >= a.features) return;
-  const uint32_t bits = keep_bits<kColumnWarps>(seed, first, a.mask.threshold);
+  const uint32_t bits = keep_bits<kColumnWarps>(seed, a.mask.strides.offset + first, a.mask.threshold);
   const int64_t rank = before + count_bits(bits & ((1u << warp) - 1));
   const bool has_gradient = (bits >> warp & 1) != 0 && rank < a.capacity;
   const T* from = compact + rank * a.rows;
@@ -123,7 +124,7 @@ constexpr int kSharedBytes = kColumnWarps * sizeof(uint32_t);
 }  // namespace
 
 void gather_kept(
-    Mask mask, const void* x, void* compact, Type type, int64_t rows, int64_t features, int64_t capacity,
+    const Mask& mask, const void* x, void* compact, Type type, int64_t rows, int64_t features, int64_t capacity,
     void* stream) {
   if (rows == 0 || features == 0 || capacity == 0) return;
   ColumnArguments arguments{mask, rows, features, capacity, 0};
@@ -136,7 +137,7 @@ void gather_kept(
 }
 
 void scatter_kept(
-    Mask mask, const void* compact, void* dw, Type compact_type, Type dw_type, float scale, int64_t rows,
+    const Mask& mask, const void* compact, void* dw, Type compact_type, Type dw_type, float scale, int64_t rows,
     int64_t features, int64_t capacity, bool transposed, void* stream) {
   if (rows == 0 || features == 0) return;
   ColumnArguments arguments{mask, rows, features, capacity, 0};
@@ -153,18 +154,29 @@ void scatter_kept(
 
 namespace {
 
-MIXOUT_KERNEL(kColumnThreads, 4) keep_mask_kernel(Mask mask, bool* out, int64_t n) {
+// Each thread decides four neighbours in memory.
+MIXOUT_KERNEL(kColumnThreads, 4) keep_mask_kernel(Mask mask, bool* out, int64_t numel, int64_t columns) {
   const int64_t first = (block_x() * kColumnThreads + thread_index()) * 4;
-  if (first >= n) return;
-  const uint32_t bits = keep_bits<4>(seed_value(mask.seed), first, mask.threshold);
-  for (int k = 0; k < 4 && first + k < n; ++k) out[first + k] = (bits >> k & 1) != 0;
+  if (first >= numel) return;
+  const uint64_t seed = seed_value(mask.seed);
+  const int count = static_cast<int>(min_of<int64_t>(numel - first, 4));
+  if (mask.inner == 1 && mask.strides.column == 1 && (mask.strides.row == columns || columns == numel)) {
+    const uint32_t bits = keep_bits<4>(seed, mask.strides.index(0, first), mask.threshold);
+    for (int k = 0; k < count; ++k) out[first + k] = (bits >> k & 1) != 0;
+    return;
+  }
+#pragma unroll 1
+  for (int64_t i = first; i < first + count; ++i)
+    out[i] = mask_word(seed, mask.strides.index(i / columns, i % columns / mask.inner)) >= mask.threshold;
 }
 
 }  // namespace
 
-void keep_mask(Mask mask, bool* out, int64_t n, void* stream) {
-  if (n == 0) return;
-  launch("keep_mask", keep_mask_kernel, {divide_up(n, 4 * kColumnThreads)}, kColumnThreads, 0, stream, mask, out, n);
+void keep_mask(const Mask& mask, bool* out, int64_t rows, int64_t columns, void* stream) {
+  const int64_t numel = rows * columns;
+  if (numel == 0) return;
+  launch("keep_mask", keep_mask_kernel, {divide_up(numel, 4 * kColumnThreads)}, kColumnThreads, 0, stream, mask, out,
+         numel, columns);
 }
 
 }  // namespace mixout::cuda

@@ -23,6 +23,17 @@ MIXOUT_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t first, uint32_t thresho
   return bits >> offset & ((1u << N) - 1);
 }
 
+// The same for decisions `stride` apart: bit k is keep(first + k * stride).
+template <int N>
+MIXOUT_DEVICE uint32_t keep_bits(uint64_t seed, uint64_t first, int64_t stride, uint32_t threshold) {
+  if (stride == 1) return keep_bits<N>(seed, first, threshold);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int k = 0; k < N; ++k)
+    bits |= static_cast<uint32_t>(mask_word(seed, first + k * stride) >= threshold) << k;
+  return bits;
+}
+
 MIXOUT_DEVICE uint64_t seed_value(const int64_t* seed) { return static_cast<uint64_t>(*seed); }
 
 }  // namespace mixout::cuda

@@ -4,54 +4,53 @@
 
 #include <cstdint>
 
+#include "../mix.h"
+
 namespace mixout::cuda {
 
 enum class Type : int { float32, bfloat16, float16 };
 
-// A Bernoulli(1 - p) mask: keep(i) = word(*seed, i) >= threshold. The seed is read on the device.
+// The decisions for a matrix: keep(r, c) = word(*seed, strides.index(r, c / inner)) >= threshold. Nothing here knows a
+// kind of mask; what is fast where some stride is 0 or 1 has a general path beside it. The seed is read on the device.
 struct Mask {
   const int64_t* seed;
+  Strides strides;
   uint32_t threshold;
+  uint32_t inner;  // neighbours in a row that share a decision: the window of a convolution, else 1
 };
 
-// Which index of the mask decides the element in row r and column c of a [rows, columns] memory matrix.
-enum class MaskAxis : uint8_t {
-  column,           // c / inner: a neuron mask, memory [out, in] or [out, in, inner...]
-  row,              // r: a neuron mask, memory [in, out]
-  flat,             // r * columns + c, for any number of columns: a weight mask
-  flat_transposed,  // c * rows + r: a weight mask, memory [in, out]
-};
-
+// A matrix of rows of `columns`, the last one possibly cut short by `numel`, mixed by a mask and a factor of its own.
 struct MixTensor {
   const void* w;
   const void* u;  // nullptr is zero
   void* out;      // may be w
-  const int64_t* seed;
+  Mask mask;
   int64_t numel, columns;
-  uint32_t inner;
-  MaskAxis axis;
+  float factor;
 };
 
-// out = keep ? u + (w - u) * scale : u for `count` tensors of the same types, in one launch for every 500.
-void mix_tensors(
-    const MixTensor* tensors, int count, Type w, Type u, Type out, uint32_t threshold, float scale, void* stream);
+// out = keep ? u + (w - u) * factor : u for `count` tensors of the same types, in one launch for every 340.
+void mix_tensors(const MixTensor* tensors, int count, Type w, Type u, Type out, void* stream);
 
-// out[i] = keep(i), i < n.
-void keep_mask(Mask mask, bool* out, int64_t n, void* stream);
+// out[r, c] = keep(r, c) for a contiguous matrix.
+void keep_mask(const Mask& mask, bool* out, int64_t rows, int64_t columns, void* stream);
 
+// The masks of these two have a decision for each column j, word(*seed, offset + j): row stride 0, column stride 1.
+//
 // compact[r, k] = x[r, j], j the k-th kept feature; columns past the kept ones are zero, features past `capacity` are
 // left out.
 void gather_kept(
-    Mask mask, const void* x, void* compact, Type type, int64_t rows, int64_t features, int64_t capacity, void* stream);
+    const Mask& mask, const void* x, void* compact, Type type, int64_t rows, int64_t features, int64_t capacity, void* stream);
 
 // dw[r, j] = scale * compact[r, k] where j is the k-th kept feature and k < capacity, zero elsewhere. `transposed`:
 // the same for dw [features, rows] and compact [capacity, rows].
 void scatter_kept(
-    Mask mask, const void* compact, void* dw, Type compact_type, Type dw_type, float scale, int64_t rows,
+    const Mask& mask, const void* compact, void* dw, Type compact_type, Type dw_type, float scale, int64_t rows,
     int64_t features, int64_t capacity, bool transposed, void* stream);
 
-// out[m, a] = sum_c Phi[a, c] x[m, c] + bias[a], Phi mixed on the fly from w and u. The forward product contracts over
-// the input features; dx contracts over the output features, with w seen as its transpose.
+// out[m, a] = sum_c Phi[a, c] x[m, c] + bias[a], Phi mixed on the fly from w and u, row a and column c of it decided by
+// the mask. The forward product contracts over the input features; dx contracts over the output features, with w and
+// the mask seen as their transposes.
 struct Product {
   const void* x;     // [rows, contraction]
   const void* w;     // [outputs, contraction] if `contiguous`, else [contraction, outputs]
@@ -62,8 +61,6 @@ struct Product {
   float scale;
   int64_t rows, outputs, contraction;
   bool contiguous;
-  bool features_are_outputs;  // dx: the input features are the outputs of this product
-  bool per_weight;
 };
 
 // Several blocks share the contraction of an output tile when there are fewer tiles than multiprocessors.

@@ -24,8 +24,9 @@ struct Entry {
 };
 
 // Tables travel as kernel parameters, at most 32764 bytes: a CUDA graph then holds them by value, and nothing is
-// copied first.
-constexpr int kMaxTensors = 500;
+// copied first. 340 entries of 96 bytes fit, with a mask, a p and a factor for each tensor: more than twice the layers
+// of BERT-large. A larger model costs one more launch for every 340.
+constexpr int kMaxTensors = 340;
 
 template <int kCapacity>
 struct Table {
@@ -45,38 +46,35 @@ MIXOUT_DEVICE const Entry& find(const Table<kCapacity>& table, uint32_t tile) {
   return table.entry[low];
 }
 
-// Bit 8 r + k decides the element (row + r, column + k).
-MIXOUT_DEVICE uint32_t
-tile_bits(const MixTensor& tensor, uint64_t seed, int64_t row, int64_t column, int64_t rows, uint32_t threshold) {
+// Bit 8 r + k decides the element (row + r, column + k). A stride of 0 leaves one row, or one column, to work out; runs
+// of indices along a row or down a column share their Philox calls.
+MIXOUT_DEVICE uint32_t tile_bits(const Mask& mask, uint64_t seed, int64_t row, int64_t column) {
+  const Strides& strides = mask.strides;
+  const int rows = strides.row == 0 ? 1 : kThreadRows, columns = strides.column == 0 ? 1 : kThreadColumns;
   uint32_t bits = 0;
-  switch (tensor.axis) {
-    case MaskAxis::column:
-      if (tensor.inner == 1) {
-        bits = keep_bits<kThreadColumns>(seed, column, threshold);
-      } else {
+  if (mask.inner == 1 && strides.column == 1) {
 #pragma unroll 1
-        for (int k = 0; k < kThreadColumns; ++k)
-          bits |= static_cast<uint32_t>(mask_word(seed, (column + k) / tensor.inner) >= threshold) << k;
-      }
-      return bits * 0x01010101u;
-    case MaskAxis::row: {
-      const uint32_t keep = keep_bits<kThreadRows>(seed, row, threshold);
-      for (int r = 0; r < kThreadRows; ++r) bits |= (keep >> r & 1) * 0xFFu << 8 * r;
-      return bits;
+    for (int r = 0; r < rows; ++r)
+      bits |= keep_bits<kThreadColumns>(seed, strides.index(row + r, column), mask.threshold) << 8 * r;
+  } else if (mask.inner == 1 && strides.row == 1) {
+#pragma unroll 1
+    for (int k = 0; k < columns; ++k) {
+      const uint32_t keep = keep_bits<kThreadRows>(seed, strides.index(row, column + k), mask.threshold);
+      for (int r = 0; r < kThreadRows; ++r) bits |= (keep >> r & 1) << (8 * r + k);
     }
-    case MaskAxis::flat:
+  } else {
 #pragma unroll 1
-      for (int r = 0; r < kThreadRows; ++r)
-        bits |= keep_bits<kThreadColumns>(seed, (row + r) * tensor.columns + column, threshold) << 8 * r;
-      return bits;
-    default:
-#pragma unroll 2
-      for (int k = 0; k < kThreadColumns; ++k) {
-        const uint32_t keep = keep_bits<kThreadRows>(seed, (column + k) * rows + row, threshold);
-        for (int r = 0; r < kThreadRows; ++r) bits |= (keep >> r & 1) << (8 * r + k);
-      }
-      return bits;
+    for (int k = 0; k < columns; ++k) {
+      const int64_t decision = (column + k) / mask.inner;
+#pragma unroll 1
+      for (int r = 0; r < rows; ++r)
+        bits |= static_cast<uint32_t>(mask_word(seed, strides.index(row + r, decision)) >= mask.threshold)
+            << (8 * r + k);
+    }
   }
+  if (rows == 1) bits *= 0x01010101u;
+  if (columns == 1) bits *= 0xFFu;
+  return bits;
 }
 
 // The columns of one row that a thread owns, as they lie in memory.
@@ -112,7 +110,7 @@ MIXOUT_DEVICE void store(T* to, const float (&value)[kThreadColumns]) {
 template <typename W, typename U, typename O>
 MIXOUT_DEVICE void mix_rows(
     const Row<W> (&w)[kThreadRows], const Row<U> (&u)[kThreadRows], O* out, int64_t columns, uint32_t bits,
-    float scale) {
+    float factor) {
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
     float weight[kThreadColumns], target[kThreadColumns], mixed[kThreadColumns];
@@ -120,7 +118,7 @@ MIXOUT_DEVICE void mix_rows(
     unpack(u[r], target);
 #pragma unroll
     for (int k = 0; k < kThreadColumns; ++k)
-      mixed[k] = mix((bits >> (8 * r + k) & 1) != 0, weight[k], target[k], scale);
+      mixed[k] = mix((bits >> (8 * r + k) & 1) != 0, weight[k], target[k], factor);
     store(out + r * columns, mixed);
   }
 }
@@ -136,7 +134,7 @@ MIXOUT_DEVICE void load_elements(const T* from, int64_t count, float (&to)[kThre
 // `left` count what the row and the tensor have from the thread's first element on.
 template <typename W, typename U, typename O>
 MIXOUT_DEVICE void mix_elements(
-    const W* w, const U* u, O* out, int64_t columns, int64_t columns_left, int64_t left, uint32_t bits, float scale) {
+    const W* w, const U* u, O* out, int64_t columns, int64_t columns_left, int64_t left, uint32_t bits, float factor) {
 #pragma unroll 1
   for (int r = 0; r < kThreadRows && left > 0; ++r) {
     const int64_t count = min_of(columns_left, left);
@@ -146,17 +144,16 @@ MIXOUT_DEVICE void mix_elements(
 #pragma unroll
     for (int k = 0; k < kThreadColumns; ++k)
       if (k < count)
-        out[r * columns + k] = from_float<O>(mix((bits >> (8 * r + k) & 1) != 0, weight[k], target[k], scale));
+        out[r * columns + k] = from_float<O>(mix((bits >> (8 * r + k) & 1) != 0, weight[k], target[k], factor));
     left -= columns;
   }
 }
 
 template <typename W, typename U, typename O, int kCapacity>
 MIXOUT_KERNEL(kMixThreads, 2)
-mix_kernel(MIXOUT_PARAMETER Table<kCapacity> table, uint32_t threshold, float scale) {
+mix_kernel(MIXOUT_PARAMETER Table<kCapacity> table) {
   const Entry& entry = find(table, static_cast<uint32_t>(block_x()));
   const MixTensor& tensor = entry.tensor;
-  const int64_t rows = (tensor.numel + tensor.columns - 1) / tensor.columns;
   const uint32_t tile = static_cast<uint32_t>(block_x()) - entry.first_tile;
   const uint32_t column_tiles = static_cast<uint32_t>((tensor.columns + kTileColumns - 1) / kTileColumns);
   const int64_t row = static_cast<int64_t>(tile / column_tiles) * kTileRows + thread_index() / kWarpSize * kThreadRows;
@@ -174,32 +171,41 @@ mix_kernel(MIXOUT_PARAMETER Table<kCapacity> table, uint32_t threshold, float sc
   // ways would (nvcc 13.0, seen by `make codegen`). Loads that are used in another basic block share one scoreboard:
   // after a plain load the first use of the seed waits for w and u too (sm_80, sm_90a, sm_100). And where the zeros of
   // an absent target stand beside the loads, ptxas copies the target on arrival (float32 to 16 bits; sm_100, sm_120).
-  const uint64_t seed = static_cast<uint64_t>(load_acquire(tensor.seed));
+  const uint64_t seed = static_cast<uint64_t>(load_acquire(tensor.mask.seed));
   Row<W> weight[kThreadRows];
   Row<U> target[kThreadRows];
   if (whole) load(w, columns, weight);
   if (whole && u != nullptr) load(u, columns, target);
-  const uint32_t bits = tile_bits(tensor, seed, row, column, rows, threshold);
-  if (!whole) return mix_elements(w, u, out, columns, columns - column, left, bits, scale);
+  const uint32_t bits = tile_bits(tensor.mask, seed, row, column);
+  if (!whole) return mix_elements(w, u, out, columns, columns - column, left, bits, tensor.factor);
   if (u == nullptr)
     for (Row<U>& zero : target) zero = {};
-  mix_rows(weight, target, out, columns, bits, scale);
+  mix_rows(weight, target, out, columns, bits, tensor.factor);
 }
 
 template <typename W, typename U, typename O, int kCapacity>
-void launch_mix(const Table<kCapacity>& table, uint32_t tiles, uint32_t threshold, float scale, void* stream) {
-  launch("mix", mix_kernel<W, U, O, kCapacity>, {tiles}, kMixThreads, 0, stream, table, threshold, scale);
+void launch_mix(const Table<kCapacity>& table, uint32_t tiles, void* stream) {
+  launch("mix", mix_kernel<W, U, O, kCapacity>, {tiles}, kMixThreads, 0, stream, table);
+}
+
+// Where decisions run on from row to row as along a row, any width has the same mask: one of whole tiles, which leaves
+// no odd ends but the last.
+void choose_width(MixTensor& tensor) {
+  Strides& strides = tensor.mask.strides;
+  const bool is_one_run = tensor.columns == tensor.numel || strides.row == tensor.columns * strides.column;
+  if (!is_one_run || tensor.mask.inner != 1) return;
+  tensor.columns = kTileColumns;
+  strides.row = kTileColumns * strides.column;
 }
 
 template <int kCapacity>
-void mix_table(
-    const MixTensor* tensors, int count, Type w, Type u, Type out, uint32_t threshold, float scale, void* stream) {
+void mix_table(const MixTensor* tensors, int count, Type w, Type u, Type out, void* stream) {
   Table<kCapacity> table{};
   uint32_t tiles = 0;
   for (int i = 0; i < count; ++i) {
     MixTensor tensor = tensors[i];
     if (tensor.numel == 0) continue;
-    if (tensor.axis == MaskAxis::flat) tensor.columns = kTileColumns;  // any width gives the same mask
+    choose_width(tensor);
     const auto addresses = reinterpret_cast<uintptr_t>(tensor.w) | reinterpret_cast<uintptr_t>(tensor.u) |
         reinterpret_cast<uintptr_t>(tensor.out);
     Entry& entry = table.entry[table.count++];
@@ -212,18 +218,16 @@ void mix_table(
   if (tiles == 0) return;
   dispatch_mix(w, u, out, [&](auto w_type, auto u_type, auto out_type) {
     launch_mix<typename decltype(w_type)::type, typename decltype(u_type)::type, typename decltype(out_type)::type>(
-        table, tiles, threshold, scale, stream);
+        table, tiles, stream);
   });
 }
 
 }  // namespace
 
-void mix_tensors(
-    const MixTensor* tensors, int count, Type w, Type u, Type out, uint32_t threshold, float scale, void* stream) {
-  if (count == 1) return mix_table<1>(tensors, 1, w, u, out, threshold, scale, stream);
+void mix_tensors(const MixTensor* tensors, int count, Type w, Type u, Type out, void* stream) {
+  if (count == 1) return mix_table<1>(tensors, 1, w, u, out, stream);
   for (int i = 0; i < count; i += kMaxTensors)
-    mix_table<kMaxTensors>(
-        tensors + i, std::min(kMaxTensors, count - i), w, u, out, threshold, scale, stream);
+    mix_table<kMaxTensors>(tensors + i, std::min(kMaxTensors, count - i), w, u, out, stream);
 }
 
 }  // namespace mixout::cuda

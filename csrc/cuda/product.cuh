@@ -10,7 +10,7 @@
 // into registers, each element once. A block of eight warps covers kOutputs x kRows results: four warps side by side on
 // the outputs, two on halves of each 64-deep stage, added up in shared memory at the end. One template serves four
 // cases: forward and dx, w in memory as [out, in] and as [in, out]; what differs is which index runs along memory
-// (kContiguous) and which one the mask belongs to (a branch in fill_mask).
+// (kContiguous) and along which one the mask's decisions lie (branches in fill_mask).
 #pragma once
 
 #include "keep_bits.h"
@@ -21,7 +21,7 @@
 namespace mixout::cuda {
 
 constexpr int kSlices = 2, kSliceWarps = 4, kSliceDepth = kDepth / kSlices;
-// The contraction a block can have: the mask bits of that many features lie in shared memory.
+// The contraction a block can have: the mask bits of that many columns lie in shared memory.
 constexpr int64_t kMaxChunk = 8192;
 
 template <typename W>
@@ -51,26 +51,43 @@ struct ProductArguments {
   bool aligned;
 };
 
+// Whether one decision serves a whole column of Phi (a contraction index), or a whole row (an output).
+MIXOUT_DEVICE bool is_by_column(const Mask& mask) { return mask.strides.row == 0; }
+MIXOUT_DEVICE bool is_shared(const Mask& mask) { return mask.strides.row == 0 || mask.strides.column == 0; }
+
+// Shared decisions as bits, for the whole chunk: by column one for each depth, else one for each output.
+template <int kOut>
+MIXOUT_DEVICE void fill_shared_bits(
+    unsigned char* bits, const Mask& mask, uint64_t seed, int64_t output, int64_t begin, int steps) {
+  const bool by_column = is_by_column(mask);
+  const int64_t stride = by_column ? mask.strides.column : mask.strides.row;
+  const uint64_t first = by_column ? mask.strides.index(0, begin) : mask.strides.index(output, 0);
+  const int bytes = by_column ? steps * kDepth / 8 : kOut / 8;
+  for (int i = thread_index(); i < bytes; i += kProductThreads)
+    bits[i] = static_cast<unsigned char>(keep_bits<8>(seed, first + i * 8 * stride, stride, mask.threshold));
+}
+
 // The mask of one stage, as bits: word [output][slice], bit d for depth d of the slice.
 template <int kOut>
 MIXOUT_DEVICE void fill_mask(
-    unsigned char* words, const unsigned char* feature_bits, const Product& p, uint64_t seed, int64_t output,
+    unsigned char* words, const unsigned char* shared_bits, const Mask& mask, uint64_t seed, int64_t output,
     int64_t depth, int64_t chunk_begin) {
   constexpr int kOctets = kDepth / 8;
-  if (!p.per_weight) {
+  const Strides& strides = mask.strides;
+  if (is_shared(mask)) {
     for (int i = thread_index(); i < kOut * kSlices; i += kProductThreads) {
       const int out = i / kSlices;
-      reinterpret_cast<uint32_t*>(words)[i] = p.features_are_outputs
-          ? 0u - (feature_bits[out / 8] >> out % 8 & 1u)
-          : reinterpret_cast<const uint32_t*>(feature_bits)[(depth - chunk_begin) / 32 + i % kSlices];
+      reinterpret_cast<uint32_t*>(words)[i] = is_by_column(mask)
+          ? reinterpret_cast<const uint32_t*>(shared_bits)[(depth - chunk_begin) / 32 + i % kSlices]
+          : 0u - (shared_bits[out / 8] >> out % 8 & 1u);
     }
-  } else if (!p.features_are_outputs) {
+  } else if (strides.row != 1) {
 #pragma unroll 1
     for (int i = thread_index(); i < kOut * kOctets; i += kProductThreads)
       words[i] = static_cast<unsigned char>(keep_bits<8>(
-          seed, (output + i / kOctets) * p.contraction + depth + i % kOctets * 8, p.mask.threshold));
+          seed, strides.index(output + i / kOctets, depth + i % kOctets * 8), strides.column, mask.threshold));
   } else {
-    // Mask indices run along the outputs: four outputs share a Philox call, for each of eight depths.
+    // Indices run along the outputs: four outputs share a Philox call, for each of eight depths.
 #pragma unroll 1
     for (int i = thread_index(); i < kOut / 4 * kOctets; i += kProductThreads) {
       const int out = i / kOctets * 4, octet = i % kOctets;
@@ -78,7 +95,7 @@ MIXOUT_DEVICE void fill_mask(
 #pragma unroll 2
       for (int d = 0; d < 8; ++d) {
         const uint32_t keep =
-            keep_bits<4>(seed, (depth + octet * 8 + d) * p.outputs + output + out, p.mask.threshold);
+            keep_bits<4>(seed, strides.index(output + out, depth + octet * 8 + d), mask.threshold);
         for (int k = 0; k < 4; ++k) octets |= (keep >> k & 1u) << (8 * k + d);
       }
       for (int k = 0; k < 4; ++k) words[(out + k) * kOctets + octet] = static_cast<unsigned char>(octets >> 8 * k);
@@ -176,7 +193,7 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
 
   unsigned char* stages = shared_memory();
   unsigned char* mask_words = stages + a.stages * Shape::kStageBytes;
-  unsigned char* feature_bits = mask_words + Shape::kMaskBytes;
+  unsigned char* shared_bits = mask_words + Shape::kMaskBytes;
 
   const auto load_stage = [&](int step) {
     unsigned char* stage = stages + step % a.stages * Shape::kStageBytes;
@@ -195,13 +212,6 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
   };
 
   const uint64_t seed = seed_value(p.mask.seed);
-  const auto fill_feature_bits = [&] {
-    const int64_t first = p.features_are_outputs ? output : begin;
-    const int bytes = p.features_are_outputs ? kOut / 8 : steps * kDepth / 8;
-    for (int i = thread; i < bytes; i += kProductThreads)
-      feature_bits[i] = static_cast<unsigned char>(keep_bits<8>(seed, first + i * 8, p.mask.threshold));
-  };
-
   float sum[kOutputTiles][Shape::kRowTiles][4] = {};
   // Steps below zero fill the pipeline. Loads run `stages - 1` steps ahead of the product, the mask one step.
   for (int step = 1 - a.stages; step < steps; ++step) {
@@ -211,13 +221,13 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
     }
     if (step + a.stages - 1 < steps) load_stage(step + a.stages - 1);
     copy_async_commit();
-    if (step == -1 && !p.per_weight) {
-      fill_feature_bits();
+    if (step == -1 && is_shared(p.mask)) {
+      fill_shared_bits<kOut>(shared_bits, p.mask, seed, output, begin, steps);
       synchronize_block();
     }
     if (step >= -1 && step + 1 < steps)
       fill_mask<kOut>(
-          mask_words + (step + 1) % 2 * (Shape::kMaskBytes / 2), feature_bits, p, seed, output,
+          mask_words + (step + 1) % 2 * (Shape::kMaskBytes / 2), shared_bits, p.mask, seed, output,
           begin + static_cast<int64_t>(step + 1) * kDepth, begin);
     if (step < 0) continue;
 

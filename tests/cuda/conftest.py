@@ -55,7 +55,9 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return buffer[GUARD_BYTES : GUARD_BYTES + bytes_].view(dtype).view(shape)
 
     def empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return empty(t.shape, dtype=dtype or t.dtype, device=t.device)
+        transposed = t.dim() == 2 and not t.is_contiguous() and t.t().is_contiguous()
+        memory = empty(t.t().shape if transposed else t.shape, dtype=dtype or t.dtype, device=t.device)
+        return memory.t() if transposed else memory
 
     def new_empty(t: Tensor, *shape: Any) -> Tensor:
         return empty(*shape, dtype=t.dtype, device=t.device)

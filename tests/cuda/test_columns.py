@@ -5,63 +5,73 @@ from __future__ import annotations
 import pytest
 import torch
 
-import mixout_kernels as mk
-from mixout_kernels import ops
+from mixout_kernels import reference
+from mixout_kernels.backends import MixedWeight, WeightGradient
+from mixout_kernels.draws import Draw, column_capacity
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SEED = 77
+OFFSETS = [0, 2**33 + 3]  # of a shard of the input features
 
 
-def kept_columns(p, features):
-    return mk.reference.keep_mask(SEED, p=p, shape=(1, features)).nonzero().flatten()
+def column_draw(device, p, offset=0):
+    return Draw(torch.tensor([77], device=device), p, (0, 1), offset)
+
+
+def kept_columns(draw, features):
+    return reference.decisions(draw, (1, features)).flatten().nonzero().flatten()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", [1, 63, 256, 1030])
 @pytest.mark.parametrize("rows", [1, 100])
-@pytest.mark.parametrize("p", [1e-9, 0.7, 1.0])
-def test_gather(kernels, device, dtype, features, rows, p):
-    """Capacities: what ops reserves, one column, and half of what is kept: an overflow, which must not be written."""
+@pytest.mark.parametrize("p", [1e-9, 0.7, 1 - 2.0**-33])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_gather(kernels, device, dtype, features, rows, p, offset):
+    """Capacities: what is reserved, one column, and half of what is kept: an overflow, which must not be written."""
     x = torch.randn(rows, features, device=device).to(dtype)
-    kept = kept_columns(p, features)
-    for capacity in {ops.column_capacity(features, p), 1, len(kept) // 2, len(kept) + 3}:
-        compact = kernels._gather_kept(x, torch.tensor([SEED], device=device), p, capacity)
+    draw = column_draw(device, p, offset)
+    kept = kept_columns(draw, features)
+    for capacity in {column_capacity(features, p), 1, len(kept) // 2, len(kept) + 3}:
+        compact = kernels.primitives.gather_columns(x, draw, capacity)
         expected = torch.zeros(rows, capacity, dtype=dtype, device=device)
-        fit = kept[:capacity].to(device)
+        fit = kept[:capacity]
         expected[:, : len(fit)] = x[:, fit]
         assert torch.equal(compact, expected)
+
+
+def test_gather_of_rows_with_gaps(kernels, device):
+    x, draw = torch.randn(8, 200, device=device)[:, :100], column_draw(device, 0.7)
+    kept = kept_columns(draw, 100)
+    assert torch.equal(kernels.primitives.gather_columns(x, draw, len(kept)), x[:, kept])
 
 
 @pytest.mark.parametrize("types", [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[1:]], ids=str)
 @pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
 @pytest.mark.parametrize("features", [1, 63, 1030])
 @pytest.mark.parametrize("overflow", [False, True], ids=["", "overflow"])
-def test_scatter(kernels, device, types, transposed, features, overflow):
-    """dw of g = identity is x[:, kept] transposed back into its columns: exact, zero in the other columns."""
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_scatter(kernels, device, types, transposed, features, overflow, offset):
+    """Exact in the kept columns, zero in the other ones."""
     compute, weight = types
-    p, scale, rows = 0.6, 4.0, 70
-    kept = kept_columns(p, features)
+    scale, rows, draw = 4.0, 70, column_draw(device, 0.6, offset)
+    kept = kept_columns(draw, features)
     fit = kept[: len(kept) // 2] if overflow else kept
-    capacity = len(fit) if overflow else ops.column_capacity(features, p)
-    x = torch.randn(rows, features, device=device).to(compute)
-    w = torch.zeros((features, rows) if transposed else (rows, features), dtype=weight, device=device)
-    w = w.t() if transposed else w
-    seed = torch.tensor([SEED], device=device)
-    saved = kernels._gather_kept(x, seed, p, capacity)
-    eye = torch.eye(rows, dtype=compute, device=device)
-    dw = kernels._weight_gradient(eye, saved, w, seed, p, scale, "neuron")
+    capacity = len(fit) if overflow else column_capacity(features, draw.p)
+    compact = torch.randn(rows, capacity, device=device).to(compute)
+    out = torch.empty((features, rows) if transposed else (rows, features), dtype=weight, device=device)
+    out = out.t() if transposed else out
+    assert kernels.primitives.scatter_columns(compact, out, draw, scale) is out
     expected = torch.zeros(rows, features, dtype=weight, device=device)
-    expected[:, fit.to(device)] = (scale * x[:, fit.to(device)].float()).to(weight)
-    assert torch.equal(dw, expected)
-    assert dw.stride() == w.stride() or w.numel() <= rows
+    expected[:, fit] = (scale * compact[:, : len(fit)].float()).to(weight)
+    assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("needs_weight", [False, True])
-def test_what_is_saved(kernels, device, needs_weight):
-    """None is exactly the kept columns; 0 is nothing."""
+@pytest.mark.parametrize("schedule", ["fused", "staged"])
+def test_what_is_saved(kernels, device, schedule):
+    """None is exactly the kept columns, of the gradient's threshold; 0 is nothing."""
     x, w = torch.randn(8, 100, device=device), torch.randn(24, 100, device=device)
-    _, saved = kernels.mix_linear(
-        x, w, None, None, torch.tensor([SEED], device=device), 0.7, "neuron", None if needs_weight else 0, "auto"
-    )
-    kept = kept_columns(0.7, 100).to(device)
-    assert torch.equal(saved, x[:, kept] if needs_weight else x[:, :0])
+    draw = column_draw(device, 0.3)
+    for width in (None, 0):
+        gradient = WeightGradient(draw.at(0.7), 1.0, width)
+        _, saved = kernels.mix_linear(x, MixedWeight(w, None, None, draw), None, gradient, schedule)
+        assert torch.equal(saved, x[:, :0] if width == 0 else x[:, kept_columns(draw.at(0.7), 100)])

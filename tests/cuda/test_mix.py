@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-import mixout_kernels as mk
+from mixout_kernels import reference
+from mixout_kernels.backends import MixedWeight, WeightGradient
+from mixout_kernels.draws import KINDS, Draw, strides_of
 
-MASKS = ["neuron", "weight"]
 LAYOUTS = [False, True]
 SEED = -(2**62) + 12345
 TYPES = {  # weight, target, compute
@@ -21,33 +22,46 @@ TYPES = {  # weight, target, compute
     "fp32, bf16 target": (torch.float32, torch.bfloat16, torch.bfloat16),
     "fp32 to fp16": (torch.float32, torch.float32, torch.float16),
 }
+# Decisions for a matrix [out, in]: the strides and the offset. Every fast path, with the kinds, and what has none.
+MATRIX_MASKS = {
+    **{kind: lambda shape, kind=kind: (strides_of(kind, shape), 0) for kind in KINDS},
+    "columns of a shard": lambda shape: ((0, 1), 2**33 + 3),
+    "entries of a shard": lambda shape: ((shape[1] + 9, 1), 5),
+    "entries, column by column": lambda shape: ((1, shape[0]), 0),
+    "every second row": lambda shape: ((2, 0), 1),
+    "every third column": lambda shape: ((0, 3), 0),
+    "any strides": lambda shape: ((3, 7), 11),
+}
 
 
-def draw(shape, dtype, device, *, transposed=False):
-    shape = shape[::-1] if transposed else shape
-    drawn = torch.randn(shape, dtype=torch.float64).to(device, dtype)
-    return drawn.t() if transposed else drawn
+@pytest.fixture(params=MATRIX_MASKS)
+def matrix_draw(request, device):
+    def draw(shape, p):
+        return Draw(seed_tensor(device), p, *MATRIX_MASKS[request.param](shape))
+
+    return draw
 
 
 def seed_tensor(device, seed=SEED):
     return torch.tensor([seed], device=device)
 
 
-def keep_of(seed, p, shape, mask):
-    return mk.reference.keep_mask(seed, p=p, shape=shape, mask=mask).expand(shape)
+def random(shape, dtype, device, *, transposed=False):
+    shape = shape[::-1] if transposed else shape
+    drawn = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    return drawn.t() if transposed else drawn
 
 
-def expected_phi(w, u, p, mask, dtype, seed=SEED):
-    """The reference's, of the mixing precision: the weight may be rounded to the compute dtype only once."""
-    wide = None if u is None else u.float()
-    return mk.reference.mixout(w.float(), wide, p=p, mask=mask, seed=seed).to(dtype)
+def expected_phi(w, u, draw, factor, dtype):
+    """The formula in float32: the weight may be rounded to the compute dtype only once."""
+    w, u = w.float(), torch.zeros_like(w).float() if u is None else u.float()
+    return torch.where(reference.decisions(draw, w.shape), u + (w - u) * factor, u).to(dtype)
 
 
-def poison_dropped(w, p, mask):
+def poison_dropped(w, draw):
     """NaN and Inf wherever the mask drops w: none of them may reach a result."""
-    keep = keep_of(SEED, p, w.shape, mask).to(w.device)
     poison = torch.where(torch.arange(w.numel(), device=w.device).view(w.shape) % 2 == 0, math.nan, math.inf)
-    w.copy_(torch.where(keep, w, poison.to(w.dtype)))
+    w.copy_(torch.where(reference.decisions(draw, w.shape), w, poison.to(w.dtype)))
 
 
 def bits(t):
@@ -59,101 +73,185 @@ def assert_same_bits(result, expected):
     assert torch.equal(bits(result), bits(expected))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+# --- in memory --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("p", [2.0**-32, 0.5, 0.9, 1 - 2.0**-33, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1), (63, 100), (3, 1025), (1000,), (0, 5)], ids=str)
-def test_keep_mask(kernels, device, mask, p, shape):
+@pytest.mark.parametrize("shape", [(1, 1), (63, 100), (3, 1025)], ids=str)
+def test_keep_mask(kernels, matrix_draw, device, shape, p):
     for seed in (0, 1, SEED, 2**63 - 1, -1):
-        keep = kernels.keep_mask(seed_tensor(device, seed), p, shape, mask)
-        assert torch.equal(keep.cpu(), mk.reference.keep_mask(seed, p=p, shape=shape, mask=mask))
+        draw = matrix_draw(shape, p)._replace(seed=seed_tensor(device, seed))
+        keep = kernels.keep_mask(draw, shape)
+        assert torch.equal(keep, reference.decisions(draw, shape).expand(shape))
+
+
+def other_draw(kind, shape, device, p):
+    """Of a weight of any dimension; ``axis`` 0, too, where the kind has one."""
+    for axis in {0, min(1, len(shape) - 1)}:
+        yield Draw(seed_tensor(device), p, strides_of(kind, shape, axis), offset=axis * 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1,), (1000,), (4, 63, 3), (3, 5, 2, 7)], ids=str)
+def test_keep_mask_of_any_dimension(kernels, device, kind, shape):
+    for draw in other_draw(kind, shape, device, 0.5):
+        assert torch.equal(kernels.keep_mask(draw, shape), reference.decisions(draw, shape).expand(shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shape", [(1,), (1000,), (63, 100), (130, 256), (4, 63, 3), (3, 5, 2, 7), (0, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1,), (1000,), (63, 100), (130, 256), (4, 63, 3), (3, 5, 2, 7)], ids=str)
 @pytest.mark.parametrize("target", [True, False], ids=["target", "zero"])
-def test_mixout(kernels, device, dtype, mask, shape, target):
-    w, u = draw(shape, dtype, device), draw(shape, dtype, device) if target else None
-    for p in (0.6, 1.0):
-        phi = kernels.mixout(w, u, seed_tensor(device), p, 1 / (1 - p) if p < 1 else 1.0, mask)
-        assert_same_bits(phi, mk.reference.mixout(w, u, p=p, mask=mask, seed=SEED))
+def test_mixout(kernels, device, dtype, kind, shape, target):
+    w, u = random(shape, dtype, device), random(shape, dtype, device) if target else None
+    for draw in other_draw(kind, shape, device, 0.6):
+        for factor in (draw.scale, 3.0):
+            assert_same_bits(kernels.mixout(w, u, draw, factor), expected_phi(w, u, draw, factor, dtype))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_mixout_of_an_address_off_16_bytes(kernels, device, mask):
-    memory = torch.randn(40 * 64 + 1, device=device)
-    w = memory[1:].view(40, 64)
-    phi = kernels.mixout(w, None, seed_tensor(device), 0.5, 2.0, mask)
-    assert_same_bits(phi, mk.reference.mixout(w, None, p=0.5, mask=mask, seed=SEED))
+def test_an_address_off_16_bytes(kernels, matrix_draw, device):
+    w = torch.randn(40 * 64 + 1, device=device)[1:].view(40, 64)
+    draw = matrix_draw(w.shape, 0.5)
+    assert_same_bits(kernels.mixout(w, None, draw, 2.0), expected_phi(w, None, draw, 2.0, w.dtype))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_mixout_list(kernels, device, mask):
-    """Odd shapes, layouts, addresses and dtypes, with and without a target, each weight with a seed of its own."""
+@pytest.mark.parametrize("layouts", [(a, b, c) for a in LAYOUTS for b in LAYOUTS for c in LAYOUTS], ids=str)
+def test_mix_into(kernels, matrix_draw, device, layouts):
+    """The result's layout is the one that counts."""
+    shape = 63, 104
+    out, w, u = (random(shape, torch.float32, device, transposed=transposed) for transposed in layouts)
+    draw = matrix_draw(shape, 0.6)
+    expected = expected_phi(w, u, draw, 3.0, w.dtype)
+    assert kernels.primitives.mix_into(out, w, u, draw, 3.0) is out
+    assert_same_bits(out, expected)
+    kernels.primitives.mix_into(w, w, u, draw, 3.0)
+    assert_same_bits(w, expected)
+
+
+def test_mix_into_a_matrix_with_gaps(kernels, device):
+    w = torch.randn(8, 32, device=device)
+    draw = Draw(seed_tensor(device), 0.5, (0, 1))
+    assert_same_bits(
+        kernels.primitives.mix_into(torch.empty(8, 16, device=device), w[:, ::2], None, draw, 2.0),
+        expected_phi(w[:, ::2], None, draw, 2.0, w.dtype),
+    )
+    with pytest.raises(ValueError, match=r"writes matrices without gaps, got \[8, 16\] with \(32, 2\)"):
+        kernels.primitives.mix_into(w[:, ::2], w[:, ::2], None, draw, 2.0)
+
+
+def test_mixout_list(kernels, device, monkeypatch):
+    """Odd shapes, layouts and addresses, with and without a target; each weight has a seed, a p and a mask of its own.
+
+    There are two combinations of dtypes, hence two launches.
+    """
     weights = [
-        draw((63, 100), torch.float32, device),
-        draw((100, 63), torch.bfloat16, device, transposed=True),
+        random((63, 100), torch.float32, device),
+        random((100, 63), torch.bfloat16, device, transposed=True),
         torch.randn(33 * 17 + 3, device=device)[3:].view(33, 17),
-        draw((1, 1), torch.float32, device),
-        draw((40, 520), torch.float32, device, transposed=True),
-        draw((130, 72), torch.bfloat16, device),
-        draw((0, 8), torch.float32, device),
-        draw((17, 200), torch.bfloat16, device),
+        random((1, 1), torch.float32, device),
+        random((40, 520), torch.float32, device, transposed=True),
+        random((130, 72), torch.bfloat16, device),
+        random((17, 200), torch.bfloat16, device),
+        *(random((63, 72), torch.float32, device, transposed=transposed) for transposed in LAYOUTS * len(MATRIX_MASKS)),
     ]
-    targets = [draw(w.shape, w.dtype, device, transposed=not w.is_contiguous()) for w in weights[:-1]] + [None]
-    targets[0] = targets[0].bfloat16()
+    targets = [random(w.shape, w.dtype, device, transposed=not w.is_contiguous()) for w in weights]
+    targets[6] = None
+    targets[3] = None
     seeds = torch.arange(len(weights), device=device) * 2**40 - 7
-    outs = [torch.empty_like(w.t(), dtype=torch.bfloat16).t() if w.stride(0) == 1 else
-            torch.empty_like(w, dtype=torch.bfloat16) for w in weights]  # fmt: skip
-    kernels.mixout_list(outs, weights, targets, seeds, 0.7, mask)
-    for k, (w, u, phi) in enumerate(zip(weights, targets, outs, strict=True)):
-        assert_same_bits(phi, expected_phi(w, u, 0.7, mask, torch.bfloat16, int(seeds[k])))
+    masks = list(MATRIX_MASKS.values())
+    draws = [
+        Draw(seeds[k : k + 1], 0.5 + 0.49 * k / len(weights), *masks[k // 2 % len(masks)](w.shape))
+        for k, w in enumerate(weights)
+    ]
+    outs = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
+    launches, mix = [], kernels.primitives._loaded.mix
+    monkeypatch.setattr(kernels.primitives._loaded, "mix", lambda table, *types: launches.append(mix(table, *types)))
+    kernels.mixout_list(outs, weights, targets, draws)
+    assert len(launches) == 2
+    for w, u, draw, phi in zip(weights, targets, draws, outs, strict=True):
+        assert phi.stride() == w.stride()
+        assert_same_bits(phi, expected_phi(w, u, draw, draw.scale, torch.bfloat16))
 
 
 def test_mixout_list_of_more_weights_than_a_table_holds(kernels, device):
     weights = list(torch.randn(1100, 3, 5, device=device))
     seeds = torch.arange(1100, device=device)
+    draws = [Draw(seeds[k : k + 1], 0.5 + k / 4000, (5, 1)) for k in range(1100)]
     outs = [torch.empty_like(w) for w in weights]
-    kernels.mixout_list(outs, weights, [None] * 1100, seeds, 0.5, "weight")
-    for k, phi in enumerate(outs):
-        assert_same_bits(phi, expected_phi(weights[k], None, 0.5, "weight", torch.float32, k))
+    kernels.mixout_list(outs, weights, [None] * 1100, draws)
+    for w, draw, phi in zip(weights, draws, outs, strict=True):
+        assert_same_bits(phi, expected_phi(w, None, draw, draw.scale, torch.float32))
+
+
+# --- inside the products ----------------------------------------------------------------------------------------------
+
+
+def linear(kernels, x, phi, schedule):
+    return kernels.mix_linear(x, phi, None, WeightGradient(phi.draw, 1.0, 0), schedule)[0]
+
+
+def backward(kernels, g, saved, phi, gradient, schedule, *, dx=False, dw=False):
+    return kernels.mix_linear_backward(g, saved, phi, gradient, (dx, dw, False), schedule)
 
 
 @pytest.mark.parametrize("transposed", LAYOUTS, ids=["[out, in]", "[in, out]"])
-def test_a_weight_that_is_mixed_already(kernels, device, transposed):
+def test_an_operand_that_is_there_already(kernels, device, transposed):
     """It is used as it is: w itself holds NaN here."""
     w = torch.full((24, 40), math.nan, device=device)
-    phi = draw((24, 40), torch.float32, device, transposed=transposed)
+    operand = random((24, 40), torch.float32, device, transposed=transposed)
     x, g = torch.randn(6, 40, device=device), torch.randn(6, 24, device=device)
-    y, saved = kernels.mix_linear(x, w, w, None, seed_tensor(device), 0.5, "neuron", 40, "auto", phi)
-    assert torch.equal(y, x @ phi.t())
-    dx, dw, _ = kernels.mix_linear_backward(
-        g, saved, w, w, seed_tensor(device), 0.5, 2.0, "neuron", (True, True, False), "auto", phi
-    )
-    assert torch.equal(dx, g @ phi)
+    draw = Draw(seed_tensor(device), 0.5, (0, 1))
+    phi, gradient = MixedWeight(w, w, operand, draw), WeightGradient(draw, 2.0, 40)
+    y, saved = kernels.mix_linear(x, phi, None, gradient, "auto")
+    assert torch.equal(y, x @ operand.t())
+    dx, dw, _ = backward(kernels, g, saved, phi, gradient, "auto", dx=True, dw=True)
+    assert torch.equal(dx, g @ operand)
     assert not dw.isnan().any()
 
 
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
-@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("transposed", LAYOUTS, ids=["[out, in]", "[in, out]"])
 @pytest.mark.parametrize("shape", [(1, 1), (63, 100), (130, 72)], ids=str)
 @pytest.mark.parametrize("schedule", ["fused", "staged"])
-def test_operand_of_the_products(kernels, device, types, mask, transposed, shape, schedule):
+def test_operand_of_the_products(kernels, matrix_draw, device, types, transposed, shape, schedule):
     """With x, or g, the identity the product is Phi itself; dropped entries of w hold NaN and Inf."""
     weight, target, compute = types
-    (out_features, in_features), p = shape, 0.6
-    w, u = draw(shape, weight, device, transposed=transposed), draw(shape, target, device, transposed=transposed)
-    poison_dropped(w, p, mask)
-    expected = expected_phi(w, u, p, mask, compute)
+    w, u = random(shape, weight, device, transposed=transposed), random(shape, target, device, transposed=transposed)
+    draw = matrix_draw(shape, 0.6)
+    poison_dropped(w, draw)
+    phi = MixedWeight(w, u, None, draw)
+    expected = expected_phi(w, u, draw, draw.scale, compute)
     if not expected.isfinite().all():
         pytest.fail("the expected operand is not finite: the test would compare nothing")
 
-    eye = torch.eye(in_features, dtype=compute, device=device)
-    y, _ = kernels.mix_linear(eye, w, u, None, seed_tensor(device), p, mask, 0, schedule)
+    y = linear(kernels, torch.eye(shape[1], dtype=compute, device=device), phi, schedule)
     assert_same_bits(y.t(), expected)
-
-    eye = torch.eye(out_features, dtype=compute, device=device)
-    needs = (True, False, False)
-    dx, _, _ = kernels.mix_linear_backward(eye, eye[:0], w, u, seed_tensor(device), p, 1.0, mask, needs, schedule)
+    g = torch.eye(shape[0], dtype=compute, device=device)
+    dx, _, _ = backward(kernels, g, g[:0], phi, WeightGradient(draw, 1.0, 0), schedule, dx=True)
     assert_same_bits(dx, expected)
+
+
+@pytest.mark.parametrize("types", [TYPES["fp32"], TYPES["bf16"], TYPES["fp32 to bf16"]], ids=str)
+@pytest.mark.parametrize("transposed", LAYOUTS, ids=["[out, in]", "[in, out]"])
+def test_gradient_mask(kernels, matrix_draw, device, types, transposed):
+    """dw of g = identity is x where the second threshold keeps it, scaled and rounded once, and exactly zero elsewhere.
+
+    The mix has a threshold below it, or p = 0 with w itself as the operand.
+    """
+    weight, _, compute = types
+    shape, q, scale = (24, 104), 0.7, 3.0
+    w = random(shape, weight, device, transposed=transposed)
+    x = random(shape, compute, device)
+    g = torch.eye(shape[0], dtype=compute, device=device)
+    for p, operand in ((0.4, None), (0.0, w.to(compute))):
+        draw = matrix_draw(shape, p)
+        phi, gradient = MixedWeight(w, None, operand, draw), WeightGradient(draw.at(q), scale, None)
+        if draw.by_column:
+            _, saved = kernels.mix_linear(x, phi, None, gradient, "auto")
+            assert saved.shape[1] == int(reference.decisions(draw.at(q), shape).sum())
+        else:
+            saved = x
+        _, dw, _ = backward(kernels, g, saved, phi, gradient, "auto", dw=True)
+        keep = reference.decisions(draw.at(q), shape).expand(shape)
+        assert_same_bits(dw, torch.where(keep, scale * x.float(), 0.0).to(weight))
+        assert dw.stride() == w.stride()

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import mixout_kernels as mk
+from mixout_kernels.draws import KINDS, Draw, strides_of
 
 from .. import budget
 
-MASKS = ["neuron", "weight"]
+MASKS = list(KINDS)
 HALF = [torch.bfloat16, torch.float16]
 
 
@@ -80,12 +81,12 @@ def test_float32_weight_in_half_precision(device, schedule, compute, target, tra
         )
 
 
-def product(kernels, problem, *, features_are_outputs):
+def product(kernels, problem, backward):
     seed = torch.tensor([problem.seed], device=problem.x.device)
-    x = problem.g if features_are_outputs else problem.x
-    return kernels._mix_product(
-        x, problem.w, problem.u, None, seed, problem.p, problem.mask, features_are_outputs=features_are_outputs
-    )
+    draw = Draw(seed, problem.p, strides_of(problem.mask, problem.w.shape))
+    if backward:
+        return kernels.primitives.fused_input_gradient(problem.g, problem.w, problem.u, draw)
+    return kernels.primitives.fused_linear(problem.x, problem.w, problem.u, None, draw, draw, 0)[0]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -94,10 +95,10 @@ def test_splits(kernels, device, monkeypatch, mask, backward):
     """However many blocks share a contraction the result is in the budget, and it is the same in every run."""
     problem = budget.random_problem((40,), 1030, 1100, dtype=torch.bfloat16, device=device, mask=mask)
     plans = []
-    plan_product = kernels._loaded.plan_product
+    types = [kernels.primitives.TYPES[torch.bfloat16]] * 2
     for multiprocessors in (1, 20, 1000):
-        monkeypatch.setattr(kernels, "_multiprocessors", lambda _, count=multiprocessors: count)
-        result = product(kernels, problem, features_are_outputs=backward)
+        monkeypatch.setattr(kernels.primitives, "_multiprocessors", lambda _, count=multiprocessors: count)
+        result = product(kernels, problem, backward)
         name = "dx" if backward else "y"
         exact, (norm1, norm2) = budget.truth(problem), budget.magnitudes(problem)
         without_bias = problem.b.double() if name == "y" else 0
@@ -112,9 +113,8 @@ def test_splits(kernels, device, monkeypatch, mask, backward):
             terms=1100,
             name=name,
         )
-        assert torch.equal(result, product(kernels, problem, features_are_outputs=backward))
-        bfloat16 = kernels._loaded.Type.bfloat16
-        plans.append(plan_product(40, 1030, 1100, bfloat16, bfloat16, multiprocessors).splits)
+        assert torch.equal(result, product(kernels, problem, backward))
+        plans.append(kernels.primitives._loaded.plan_product(40, 1030, 1100, *types, multiprocessors).splits)
     assert plans[0] == 1 < plans[1] < plans[2]
 
 
@@ -137,17 +137,17 @@ def test_order_of_threads_and_number_of_stages(kernels, device, mask, backward, 
     try:
         for descending in (False, True):
             for kilobytes in (99, 163, 227):
-                kernels._loaded.emulate(descending=descending, shared_bytes=kilobytes * 1024)
-                results.append(product(kernels, problem, features_are_outputs=backward))
+                kernels.primitives._loaded.emulate(descending=descending, shared_bytes=kilobytes * 1024)
+                results.append(product(kernels, problem, backward))
     finally:
-        kernels._loaded.emulate(descending=False, shared_bytes=99 * 1024)
+        kernels.primitives._loaded.emulate(descending=False, shared_bytes=99 * 1024)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_auto_takes_the_staged_schedule_for_odd_rows_of_memory(kernels, monkeypatch, device):
     """Their copies are element by element, not asynchronous."""
     chosen = []
-    monkeypatch.setattr(kernels, "_mix_product", lambda x, w, *_, **__: chosen.append("fused") or x.new_empty(8, 64))
+    monkeypatch.setattr(kernels.primitives, "_mix_product", lambda x, *_: chosen.append("fused") or x.new_empty(8, 64))
     for in_features, expected in ((72, ["fused"]), (63, [])):
         x, w = (torch.randn(n, in_features, device=device).bfloat16() for n in (8, 64))
         mk.mix_linear(x, w, None, p=0.5, backend="cuda")

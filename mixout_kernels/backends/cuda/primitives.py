@@ -1,0 +1,272 @@
+"""The kernels of csrc/cuda as functions of tensors: the primitives of ``gpu_linear``, and mixes of any weight.
+
+A kernel takes addresses of contiguous memory and runs on the current device and stream; this module knows what that
+takes of a tensor. A matrix that lies transposed in memory is handed over as its transpose, with the strides of its
+mask exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _extension
+from ...draws import Draw
+from .. import gpu_linear
+from . import primitives  # this module, as gpu_linear takes it
+
+EMULATED = os.environ.get("MIXOUT_KERNELS_CUDA_EMULATION") == "1"
+EXTENSION = "_cuda_emulated" if EMULATED else "_cuda"
+_loaded: Any = _extension.load(EXTENSION)[0]
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# The C++ enumeration; None where nothing was built, which is said before anything is called.
+TYPES: dict[torch.dtype, Any] = {dtype: _loaded and getattr(_loaded.Type, name) for dtype, name in _NAMES.items()}
+
+
+# --- masks and mixes --------------------------------------------------------------------------------------------------
+
+
+def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
+    keep = torch.empty(tuple(shape), dtype=torch.bool, device=draw.seed.device)
+    if draw.p == 1:  # a threshold above every word, which 32 bits cannot hold
+        return keep.zero_()
+    layout = draw.layout(shape)
+    mask = _mask(draw, layout.row_stride, layout.column_stride, layout.inner)
+    with _on(keep):
+        _loaded.keep_mask(mask, keep.data_ptr(), layout.rows, layout.columns, _stream(keep.device))
+    return keep
+
+
+def mixout(weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
+    phi = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    w, u = weight.contiguous(), None if target is None else target.contiguous()
+    layout = draw.layout(weight.shape)
+    mask = _mask(draw, layout.row_stride, layout.column_stride, layout.inner)
+    _mix([_loaded.MixTensor(w.data_ptr(), _address(u), phi.data_ptr(), mask, w.numel(), layout.columns, factor)],
+         w, u, phi)  # fmt: skip
+    return phi
+
+
+def mix_into(out: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
+    _mix_matrices([(out, weight, target, draw, factor)])
+    return out
+
+
+def mixout_list(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], targets: Sequence[Tensor | None], draws: Sequence[Draw]
+) -> None:
+    _mix_matrices(
+        (out, weight, target, draw, draw.scale)
+        for out, weight, target, draw in zip(outs, weights, targets, draws, strict=True)
+    )
+
+
+def _mix_matrices(matrices: Iterable[tuple[Tensor, Tensor, Tensor | None, Draw, float]]) -> None:
+    """(out, weight, target, draw, factor) of any number: a launch for every combination of dtypes."""
+    tables: dict[tuple[torch.dtype, ...], list[tuple[Any, Tensor, Tensor | None, Tensor]]] = {}
+    for out, weight, target, draw, factor in matrices:
+        transposed = _result_is_transposed(out)
+        w, u = _in_memory(weight, transposed), None if target is None else _in_memory(target, transposed)
+        columns = out.shape[0 if transposed else 1]
+        record = _loaded.MixTensor(
+            w.data_ptr(), _address(u), out.data_ptr(), _matrix_mask(draw, transposed), out.numel(), columns, factor
+        )
+        # With its tensors: one that was brought into another layout must live until the launch.
+        types = w.dtype, w.dtype if u is None else u.dtype, out.dtype
+        tables.setdefault(types, []).append((record, w, u, out))
+    for table in tables.values():
+        _mix([record for record, *_ in table], *table[0][1:])
+
+
+def _mix(records: list[Any], w: Tensor, u: Tensor | None, out: Tensor) -> None:
+    """One launch; w, u and out are those of one record, of which all have the dtypes."""
+    with _on(w):
+        _loaded.mix(records, _type(w), _type(w if u is None else u), _type(out), _stream(w.device))
+
+
+# --- kept columns -----------------------------------------------------------------------------------------------------
+
+
+def gather_columns(x: Tensor, draw: Draw, width: int) -> Tensor:
+    x = x.contiguous()
+    rows, features = x.shape
+    compact = x.new_empty(rows, width)
+    with _on(x):
+        _loaded.gather_kept(
+            mask=_matrix_mask(draw, False),
+            x=x.data_ptr(),
+            compact=compact.data_ptr(),
+            type=_type(x),
+            rows=rows,
+            features=features,
+            capacity=width,
+            stream=_stream(x.device),
+        )
+    return compact
+
+
+def scatter_columns(compact: Tensor, out: Tensor, draw: Draw, scale: float) -> Tensor:
+    transposed = _result_is_transposed(out)
+    memory = _in_memory(compact, transposed)
+    with _on(out):
+        _loaded.scatter_kept(
+            mask=_matrix_mask(draw, False),
+            compact=memory.data_ptr(),
+            dw=out.data_ptr(),
+            compact_type=_type(memory),
+            dw_type=_type(out),
+            scale=scale,
+            rows=out.shape[0],
+            features=out.shape[1],
+            capacity=compact.shape[1],
+            transposed=transposed,
+            stream=_stream(out.device),
+        )
+    return out
+
+
+def weight_gradient(
+    g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """By the vendor's GEMM in both schedules: where the kept columns lie side by side there is nothing to fuse."""
+    dw = gpu_linear.staged_weight_gradient(primitives, g, saved, weight, draw, scale)
+    return dw, g.sum(0) if needs_db else g.new_empty(0)
+
+
+# --- the fused GEMM ---------------------------------------------------------------------------------------------------
+
+# float32 goes past the tensor cores: at 60 TFLOP/s and 4.3 TB/s a product of more rows takes longer than the bytes of w
+# and u. Arithmetic, not yet a measurement.
+_FUSED_MAX_ROWS_FLOAT32 = 64
+
+
+def prefers_fused(x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
+    # Rows that do not start on 16 bytes are copied element by element, without cp.async.
+    addresses = x.data_ptr() | weight.data_ptr() | _address(target)
+    if addresses % 16 or weight.shape[0] % 8 or weight.shape[1] % 8:
+        return False
+    return x.shape[0] <= (_FUSED_MAX_ROWS_FLOAT32 if x.dtype == torch.float32 else gpu_linear.FUSED_MAX_ROWS)
+
+
+def fused_linear(
+    x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, draw: Draw, gather: Draw, width: int
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    y = _mix_product(x, weight, target, bias, draw)
+    return y, gather_columns(x, gather, width) if width else x.new_empty(x.shape[0], 0)
+
+
+def fused_input_gradient(g: Tensor, weight: Tensor, target: Tensor | None, draw: Draw) -> Tensor:
+    return _mix_product(g.contiguous(), weight.t(), None if target is None else target.t(), None, draw.t())
+
+
+def _mix_product(x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, draw: Draw) -> Tensor:
+    """``x Phi^T + bias`` for Phi like weight ``[outputs, contraction]``, never in memory."""
+    transposed = _is_transposed(weight)
+    w, u = _in_memory(weight, transposed), None if target is None else _in_memory(target, transposed)
+    rows, outputs, contraction = x.shape[0], *weight.shape
+    out = x.new_empty(rows, outputs)
+    w_type, u_type, x_type = _type(w), _type(w if u is None else u), _type(x)
+    with _on(x):
+        plan = _loaded.plan_product(rows, outputs, contraction, w_type, x_type, _multiprocessors(x.device))
+        partial = torch.empty(plan.partial_floats, dtype=torch.float32, device=x.device)
+        arrivals = _arrivals(x.device, plan.arrivals)
+        product = _loaded.Product(
+            x=x.data_ptr(),
+            w=w.data_ptr(),
+            u=_address(u),
+            bias=_address(bias),
+            out=out.data_ptr(),
+            mask=_matrix_mask(draw, False),
+            scale=draw.scale,
+            rows=rows,
+            outputs=outputs,
+            contraction=contraction,
+            contiguous=not transposed,
+        )
+        stream = _stream(x.device)
+        _loaded.mix_product(product, plan, w_type, u_type, x_type, partial.data_ptr(), arrivals.data_ptr(), stream)
+    return out
+
+
+# --- what the launches need -------------------------------------------------------------------------------------------
+
+
+def _mask(draw: Draw, row_stride: int, column_stride: int, inner: int = 1) -> Any:
+    return _loaded.Mask(draw.seed.data_ptr(), draw.p, draw.offset, row_stride, column_stride, inner)
+
+
+def _matrix_mask(draw: Draw, transposed: bool) -> Any:
+    rows, columns = draw.strides
+    return _mask(draw, columns, rows) if transposed else _mask(draw, rows, columns)
+
+
+def _is_transposed(matrix: Tensor) -> bool:
+    """Whether the transpose is what lies in memory row by row."""
+    return not matrix.is_contiguous() and matrix.t().is_contiguous()
+
+
+def _result_is_transposed(out: Tensor) -> bool:
+    transposed = _is_transposed(out)
+    if not transposed and not out.is_contiguous():
+        raise ValueError(f"the cuda backend writes matrices without gaps, got {list(out.shape)} with {out.stride()}")
+    return transposed
+
+
+def _in_memory(matrix: Tensor, transposed: bool) -> Tensor:
+    """The matrix, or its transpose, row by row."""
+    return (matrix.t() if transposed else matrix).contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _type(t: Tensor) -> Any:
+    return TYPES[t.dtype]
+
+
+def _on(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels start on the current device, which need not be the tensor's."""
+    if EMULATED or t.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if EMULATED else torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    # Four in emulation: small shapes then share a contraction among blocks, as large ones do on a GPU.
+    return 4 if EMULATED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_kept_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrivals(device: torch.device, count: int) -> Tensor:
+    """Counters that are zero. The kernels leave them so, hence the launches of one stream share them."""
+    if EMULATED or torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: its own counters
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, _stream(device)
+    if key not in _kept_arrivals or _kept_arrivals[key].numel() < count:
+        _kept_arrivals[key] = torch.as_tensor(_Counters(max(count, 1024), key[1]), device=device)
+    return _kept_arrivals[key]
+
+
+class _Counters:
+    """Zeros that stay for good, not from torch's allocator: while Inductor warms a CUDA graph up, that one hands out
+    memory of the graph, and nothing but the graph's own outputs may keep it."""
+
+    def __init__(self, count: int, stream: int) -> None:
+        address = _loaded.allocate_counters(count, stream)
+        self.__cuda_array_interface__ = {"shape": (count,), "typestr": "<i4", "data": (address, False), "version": 2}
