@@ -43,6 +43,16 @@ def test_shapes(device, mask, transposed, shape, dtype):
         assert_in_budget(problem, "fused")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("schedule", ["fused", "staged"])
+def test_gradients_dropped_alone(device, dtype, mask, p, schedule):
+    """A second threshold for the gradient; at p = 0 the operand is w itself."""
+    problem = budget.random_problem((33,), 100, 63, dtype=dtype, device=device, p=p, grad_p=0.6, mask=mask)
+    assert_in_budget(problem, schedule)
+
+
 @pytest.mark.parametrize("rows", [(), (2, 3, 4), (0,), (3, 0)], ids=str)
 @pytest.mark.parametrize("schedule", [None, "fused", "staged"])
 @pytest.mark.parametrize("mask", MASKS)
