@@ -84,7 +84,7 @@ bench-step: $(BUILT)  ## whole training steps: a table and a plot
 
 codegen: $(BUILT)  ## what ptxas makes of every GPU kernel: registers, shared memory, spills
 	$(PY) -m benchmarks.codegen_triton $(ARGS)
-	$(PY) -m benchmarks.codegen_cuda --check $(ARGS)
+	$(PY) -m tools.codegen_cuda --check $(ARGS)
 
 gpu: $(BUILT)  ## the whole test suite on the GPU of this machine
 	$(PY) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch finds no GPU here')"

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import mixout_kernels
-from benchmarks import codegen_cuda
 from mixout_kernels import _extension
+from tools import codegen_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -396,7 +396,7 @@ import _cuda
 plan = _cuda.plan_product(64, 4096, 4096, _cuda.Type.bfloat16, _cuda.Type.bfloat16, 132)
 print(plan.splits, plan.partial_floats, plan.arrivals)
 try:
-    _cuda.keep_mask((0, 1), 0, 4, 0)
+    _cuda.keep_mask(_cuda.Mask(0, 0.5, 0, 0, 1, 1), 0, 1, 4, 0)
 except RuntimeError as error:
     print(error)
 """

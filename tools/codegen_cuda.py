@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda: registers, shared memory, spills and 16-byte accesses of every kernel, without a GPU.
 
-    python -m benchmarks.codegen_cuda                  writes docs/codegen_cuda.md
-    python -m benchmarks.codegen_cuda --check          writes nothing
+    python -m tools.codegen_cuda                  writes docs/codegen_cuda.md
+    python -m tools.codegen_cuda --check          writes nothing
 
 Either way it fails if a kernel spills or has more registers than its threads can have, and if `mix` does not ask for
 all of w and u before it waits for any of them, computes some of the mask only after that wait, or stores in less than
@@ -197,7 +197,7 @@ def page(uses: list[KernelUse], compiler: str) -> str:
     lines = [
         "# What nvcc makes of csrc/cuda",
         "",
-        f"Written by `python -m benchmarks.codegen_cuda`; nvcc {compiler}, flags `{' '.join(FLAGS)}`. Registers per",
+        f"Written by `python -m tools.codegen_cuda`; nvcc {compiler}, flags `{' '.join(FLAGS)}`. Registers per",
         f"thread; every kernel has {THREADS} threads to a block, hence at most {REGISTER_LIMIT}.",
         f"{len(uses)} kernels were compiled, {spilling} spill. None of this was timed.",
         "",
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once")
     arguments = parser.parse_args()
     if not shutil.which("nvcc"):
-        sys.exit("benchmarks.codegen_cuda: nvcc is not on PATH; nothing was checked")
+        sys.exit("tools.codegen_cuda: nvcc is not on PATH; nothing was checked")
     uses = compile_all(ARCHITECTURES, arguments.jobs)
     text = page(uses, compiler_version())
     print(text)
