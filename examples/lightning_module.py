@@ -47,7 +47,6 @@ def main(checkpoint):
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        # On several devices: strategy=DDPStrategy(broadcast_buffers=False). Each rank has its targets already.
     )
     trainer.fit(module, torch.utils.data.DataLoader(EXAMPLES, batch_size=4, collate_fn=collate))
     mk.remove_mixout(module.model)  # a plain model again, to evaluate, save or export

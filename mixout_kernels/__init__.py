@@ -2,11 +2,13 @@
 
 from . import reference
 from .backends import kernels
-from .convert import DEFAULT_HEADS, Report, apply_mixout, remove_mixout
+from .convert import apply_mixout, remove_mixout
 from .functional import keep_mask, mix_linear, mixout
 from .modules import MixConv1D, MixLinear
+from .report import Report
 from .sampler import MixSampler
-from .targets import decay_to_target, track_targets
+from .selection import DEFAULT_HEADS
+from .targets import decay_to_target, targets_state_dict, track_targets
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,5 +25,6 @@ __all__ = [
     "mixout",
     "reference",
     "remove_mixout",
+    "targets_state_dict",
     "track_targets",
 ]

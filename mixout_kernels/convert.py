@@ -2,200 +2,184 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, dropout_rates
+from .checkpoints import Pretrained, Source
 from .functional import Mask
-from .modules import MixConv1D, MixLinear, frozen_copy, to_plain
-
-# Heads that transformers adds to a pretrained model and initialises at random: there is no pretrained weight to mix
-# with. (The paper's section 6.2 mixes a new head with its own initial weight: pass exclude=() for that.)
-DEFAULT_HEADS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-    "pre_classifier",
-    "classification_head",
-    "logits_proj",
-    "sequence_summary",
-    "multiple_choice_head",
-    "regressor",
-    "projector",
-    "lora_*",
-)
-
-# The attribute in which DistributedDataParallel looks for names to leave alone.
-_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
-
-# Where the dropout rates of a module are kept while mixout is in the model.
-_RATES_ATTRIBUTE = "_dropout_before_mixout"
-
-
-@dataclass
-class Report:
-    """What :func:`apply_mixout` did: one line per module, and ``str(report)`` as a table."""
-
-    p: float
-    mask: str
-    mixed: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    dropout: dict[str, str] = field(default_factory=dict)
-    target_bytes: int = 0
-
-    def __str__(self) -> str:
-        rows = [
-            *(("mixed", name, what) for name, what in self.mixed.items()),
-            *(("skipped", name, why) for name, why in self.skipped.items()),
-            *(("dropout", name, rates) for name, rates in self.dropout.items()),
-        ]
-        width = max(len(name) for _, name, _ in rows)
-        lines = [f"{what:8} {name or '(the model)':{width}}  {detail}" for what, name, detail in rows]
-        return "\n".join(
-            [
-                f"mixout p={self.p}, mask={self.mask!r}: {len(self.mixed)} mixed, {len(self.skipped)} skipped, "
-                f"{len(self.dropout)} dropout rates set to 0, {self.target_bytes / 2**20:.1f} MiB of frozen targets",
-                *lines,
-            ]
-        )
+from .modules import MixedLayer, frozen_copy, to_mixed, to_plain
+from .report import Report
+from .selection import Evidence, Policy, Rates, Selection, is_linear, linear_layers, select
 
 
 def apply_mixout(
     model: nn.Module,
     *,
-    p: float,
+    p: float | Mapping[str, float],
     mask: Mask = "neuron",
     include: Iterable[str] | None = None,
-    exclude: Iterable[str] = DEFAULT_HEADS,
+    exclude: Iterable[str] | None = None,
+    subclasses: bool | Iterable[type] = False,
+    frozen: bool = False,
+    policy: Policy = "linear",
+    missing_keys: Iterable[str] | None = None,
+    example: Any = None,
     disable_dropout: bool = True,
-    targets: Mapping[str, Tensor] | str | Path | None = None,
+    targets: Source | None = None,
     target_dtype: torch.dtype | None = None,
 ) -> Report:
-    """Swaps the linear layers of a pretrained model for mixout ones, in place, each with its present weight as target.
+    """Gives the linear layers of a pretrained model mixout, in place, each with its present weight as target.
 
-    Swapped are ``nn.Linear`` and transformers' ``Conv1D``, wherever they are; Parameters, hooks and names stay, so an
-    optimizer made before, and checkpoints from before or after, still fit. Tied Parameters stay tied and share one
-    target. Subclasses of Linear are left alone, since something else may read their weight (``nn.MultiheadAttention``
-    does); for those use :func:`mixout_kernels.mixout`.
+    Mixed are ``nn.Linear`` and transformers' ``Conv1D``, wherever they are. The modules stay the objects that they are,
+    only their class changes; so everything that refers to one of them goes on working: lists, hooks, an optimizer made
+    before, ``torch.compile``, checkpoints from before or after. Tied Parameters stay tied and share one target.
+
+    Left alone, and listed with the reason in the report, are layers
+
+    - that are new, so that there is no pretrained weight to mix with. What tells so is, the best that there is:
+      ``targets`` has no entry; transformers' ``from_pretrained`` did not load it (it marks what it loads);
+      ``missing_keys`` lists it; its name is one of :data:`mixout_kernels.DEFAULT_HEADS` or a known new layer of this
+      class of models;
+    - that are frozen: a weight equal to its target mixes to itself;
+    - that are a subclass of Linear, or whose weight is known to be read without calling them
+      (``nn.MultiheadAttention.out_proj``); for those use :func:`mixout_kernels.mixout`.
 
     Args:
         model: the model, with its pretrained weights loaded.
-        p, mask: as in :func:`mixout_kernels.mix_linear`.
-        include: shell patterns; only modules that match one are swapped. A pattern matches the whole dotted name or
+        p: as in :func:`mixout_kernels.mix_linear`; or a mapping of patterns to such numbers, of which the first that
+            matches a layer holds, and layers that match none are left alone.
+        mask: as in :func:`mixout_kernels.mix_linear`.
+        include: shell patterns; only modules that match one are mixed. A pattern matches the whole dotted name or
             one of its parts: ``"encoder.layer.1?.*"``, ``"query"``.
-        exclude: patterns of modules to leave alone, by default heads and adapters that are not pretrained, by the names
-            that transformers and peft give them: look at the report for others.
+        exclude: patterns of modules to leave alone. None leaves out new layers. A list says all: nothing else is held
+            for new, so that ``()`` mixes new heads with their own initial weight (paper, section 6.2), and
+            ``(*mk.DEFAULT_HEADS, "my_head")`` goes by these names alone.
+        subclasses: True mixes subclasses of Linear too that have no forward of their own. A list of classes mixes
+            those, with the mixed forward in place of theirs.
+        frozen: True mixes weights that do not require grad too, for those that are thawed later.
+        policy: "linear", or "with-dropout": only layers whose parent module has a dropout rate above 0, which is what
+            the paper's authors did for BERT (its intermediate layers have none).
+        missing_keys: names of parameters that were not in the checkpoint, as ``load_state_dict(strict=False)`` and
+            ``from_pretrained(output_loading_info=True)`` return them.
+        example: a batch for the model: a mapping is given as keywords, a tuple or list as positional arguments. The
+            model is evaluated on it once, and layers that this does not call are left alone: mixing what is read
+            elsewhere does nothing.
         disable_dropout: set the rate of every dropout in the model to 0 (mixout replaces it, paper section 6.1):
-            ``nn.Dropout`` modules, and float attributes of modules whose name contains "dropout".
-        targets: other targets than the present weights: a state_dict, or the path of a checkpoint (a .safetensors file,
-            a ``torch.save`` file, or a folder with ``model.safetensors``), with the names of this model or, as
-            transformers saves a model without its head, without its ``base_model_prefix``.
+            of modules, of float attributes that are named as rates, and of configs that a forward reads. Stochastic
+            depth goes on, and so do the dropouts of adapters whose layers are not mixed.
+        targets: other targets than the present weights: a state_dict, a model, the path of a checkpoint (a
+            .safetensors file, a ``torch.save`` file, or a folder with ``model.safetensors``, ``pytorch_model.bin`` or
+            the index of their shards), or the id of a model in the local cache of the Hugging Face hub. Tied weights
+            are found under any of their names, and names may differ by a prefix such as ``base_model_prefix``.
         target_dtype: None keeps the targets in their parameter's dtype; ``torch.bfloat16`` halves a float32 model's.
 
     Returns:
         A :class:`Report` that lists every module with what was done.
 
     Raises:
-        ValueError: if nothing matches, if the model has mixout already, or if p, mask or a target does not fit. The
-            model is then unchanged.
+        ValueError: if nothing is left to mix, if a pattern matches nothing, if the model has mixout already, or if p,
+            mask or a target does not fit. The model is then unchanged.
         TypeError: for weights that are no plain Parameters: ``fully_shard`` comes after mixout.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
-    _check_model("apply_mixout", model, "use MixLinear.from_linear for a layer by itself")
-    places = list(_places(model))
-    if any(isinstance(module, (MixLinear, MixConv1D)) for _, _, _, module in places):
-        raise ValueError("apply_mixout: model: expected one without mixout; call remove_mixout(model) first")
-    included = None if include is None else patterns("apply_mixout", "include", include)
-    excluded = patterns("apply_mixout", "exclude", exclude)
-    if not isinstance(targets, (Mapping, str, Path, type(None))):
-        raise TypeError(f"apply_mixout: targets: expected a state_dict or a path, got {type(targets).__name__}")
+    name = "apply_mixout"
+    _check_model(name, model)
+    if any(isinstance(module, MixedLayer) for module in model.modules()):
+        raise ValueError(f"{name}: model: expected one without mixout; call remove_mixout(model) first")
+    checks.kind(name, mask)
+    rates = Rates(name, p)
     if not isinstance(target_dtype, (torch.dtype, type(None))):
-        raise TypeError(f"apply_mixout: target_dtype: expected a torch.dtype or None, got {target_dtype!r}")
+        raise TypeError(f"{name}: target_dtype: expected a torch.dtype or None, got {target_dtype!r}")
 
-    report = Report(p, mask, skipped=_raw_parameters(model))
-    matched: list[tuple[str, nn.Module, str, nn.Module]] = []
-    for name, parent, attribute, module in places:
-        reason = _reason_to_skip(name, module, included, excluded)
-        if reason is None:
-            matched.append((name, parent, attribute, module))
-        elif reason:
-            report.skipped[name] = reason
-    if not matched:
-        linears = [name for name, _, _, module in places if _is_linear(module)]
-        raise ValueError(
-            f"apply_mixout: nothing to mix: expected a Linear or Conv1D that matches include={include!r} and not "
-            f"exclude={exclude!r}, got {len(linears)} linear layers: {', '.join(linears[:8]) or 'none'}"
-        )
+    evidence = Evidence(model, missing_keys)
+    pretrained = None if targets is None else Pretrained(name, targets, model)
+    sources: dict[int, Tensor] = {}  # by the weight's id, what is found in targets
 
-    base_prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    frozen = _frozen_targets(matched, targets, target_dtype, p, mask, base_prefix)
-    replacements: dict[int, nn.Module] = {}
-    for name, parent, attribute, module in matched:
-        if id(module) not in replacements:
-            target = frozen[id(module.get_parameter("weight"))]
-            if isinstance(module, nn.Linear):
-                replacements[id(module)] = MixLinear.from_linear(module, p=p, target=target, mask=mask)
-            else:
-                replacements[id(module)] = MixConv1D.from_conv1d(module, p=p, target=target, mask=mask)
-        setattr(parent, attribute, replacements[id(module)])
-        report.mixed[name] = f"{type(replacements[id(module)]).__name__} {list(module.get_parameter('weight').shape)}"
-    report.target_bytes = sum(target.numel() * target.element_size() for target in frozen.values())
-    _keep_targets_out_of_ddp(model)
+    def is_new(weight: Tensor) -> str | None:
+        reason = evidence.reason_against(weight)
+        if pretrained is None:
+            return reason if exclude is None else None
+        source = pretrained.find(weight, expected=reason is None)
+        if source is None:
+            return f"new: targets has no entry for it, but {pretrained.summary}"
+        sources[id(weight)] = source
+        return None
+
+    selection = select(
+        name,
+        model,
+        rates=rates,
+        include=include,
+        exclude=exclude,
+        subclasses=subclasses,
+        frozen=frozen,
+        policy=policy,
+        is_new=is_new,
+        example=example,
+    )
+    if not selection.chosen:
+        raise ValueError(_nothing_to_mix(selection))
+    frozen_targets = _frozen_targets(selection, sources, target_dtype, mask)
+
+    report = Report(p, mask, skipped=selection.skipped)
+    for module, names, rate in selection.chosen:
+        to_mixed(module, p=rate, target=frozen_targets[id(module.weight)], mask=mask)
+        for layer in names:
+            report.mixed[layer] = f"{type(module).__name__} {list(module.get_parameter('weight').shape)}, p={rate}"
+            report.rates[layer] = rate
+    report.target_bytes = sum(target.numel() * target.element_size() for target in frozen_targets.values())
+    report.skipped |= _other_parameters(model)
     if disable_dropout:
-        report.dropout = _disable_dropout(model)
+        report.dropout, report.dropout_left = dropout_rates.disable(model, report.mixed)
     return report
 
 
-def _keep_targets_out_of_ddp(model: nn.Module) -> None:
-    """DistributedDataParallel broadcasts every buffer in every forward; the targets are equal on all ranks already."""
-    names = _ddp_names(name for name, module in model.named_modules() if isinstance(module, (MixLinear, MixConv1D)))
-    ignored = set(getattr(model, _DDP_IGNORED, ()))
-    setattr(model, _DDP_IGNORED, [*(ignored - names), *sorted(names)])
+def remove_mixout(model: nn.Module) -> None:
+    """Makes every mixed layer a plain one again, in place, and restores the dropout rates; trained weights stay.
+
+    A :class:`mixout_kernels.MixSampler` of the model is removed too. A rate that was set since is left as it is.
+
+    Raises:
+        ValueError: if there is no mixout in the model.
+    """
+    _check_model("remove_mixout", model)
+    layers = [module for module in model.modules() if isinstance(module, MixedLayer)]
+    if not layers:
+        raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
+    for layer in layers:
+        layer.__dict__["target"] = None  # no longer needed: a sampler must not bring it back from host memory
+    for sampler in {layer.slot.sampler for layer in layers if layer.slot is not None}:
+        sampler.remove()
+    for layer in layers:
+        to_plain(layer)
+    dropout_rates.restore(model)
 
 
-def _ddp_names(layers: Iterable[str]) -> set[str]:
-    """Of their targets, in the model and in torch.compile(model), which DDP may be given."""
-    return {f"{prefix}{name}.target" for name in layers for prefix in ("", "_orig_mod.")}
+def _check_model(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
 
 
 def _frozen_targets(
-    matched: list[tuple[str, nn.Module, str, nn.Module]],
-    source: Mapping[str, Tensor] | str | Path | None,
-    dtype: torch.dtype | None,
-    p: float,
-    mask: Mask,
-    base_prefix: str,
+    selection: Selection, sources: dict[int, Tensor], dtype: torch.dtype | None, mask: Mask
 ) -> dict[int, Tensor]:
     """One frozen target for each distinct weight, by the weight's id."""
-    state = _read_checkpoint(Path(source)) if isinstance(source, (str, Path)) else source
-    frozen: dict[int, Tensor] = {}
-    for name, _, _, module in matched:
+    targets: dict[int, Tensor] = {}
+    for module, names, rate in selection.chosen:
         weight = module.get_parameter("weight")
-        if id(weight) in frozen:
+        if id(weight) in targets:
             continue
-        _check_weight(name, weight)
-        key = f"{name}.weight"
-        if state is not None and key not in state:
-            base_key = key.removeprefix(base_prefix)
-            if base_key not in state:
-                raise ValueError(
-                    f"apply_mixout: targets: expected an entry {key!r}, got {len(state)} others, the first of them "
-                    f"{next(iter(state), None)!r}"
-                )
-            key = base_key
-        origin = weight if state is None else state[key]
-        if not isinstance(origin, Tensor):
-            raise TypeError(f"apply_mixout: targets: expected a tensor for {key!r}, got {type(origin).__name__}")
+        _check_weight(names[0], weight)
         # Copied, and only then cast: .to() of the same dtype would alias the weight or the caller's tensor.
-        target = frozen_copy(origin).to(device=weight.device, dtype=dtype or weight.dtype)
-        checks.mixout("apply_mixout", weight, target, p, mask)
-        frozen[id(weight)] = target
-    return frozen
+        source = frozen_copy(sources.pop(id(weight), weight))
+        target = source.to(device=weight.device, dtype=dtype or weight.dtype)
+        checks.mixout(f"apply_mixout: {names[0]!r}", weight, target, rate, mask)
+        targets[id(weight)] = target
+    return targets
 
 
 def _check_weight(name: str, weight: Tensor) -> None:
@@ -211,135 +195,31 @@ def _check_weight(name: str, weight: Tensor) -> None:
         )
 
 
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"apply_mixout: targets: expected a checkpoint, got no file at {file}")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def remove_mixout(model: nn.Module) -> None:
-    """Puts the plain modules back, in place, and restores the dropout rates; trained weights stay as they are.
-
-    A :class:`mixout_kernels.MixSampler` of the model is removed too.
-
-    Raises:
-        ValueError: if there is no mixout in the model.
-    """
-    _check_model("remove_mixout", model, "it has no place to put a plain layer into")
-    matched = [
-        (name, parent, attribute, module)
-        for name, parent, attribute, module in _places(model)
-        if isinstance(module, (MixLinear, MixConv1D))
-    ]
-    if not matched:
-        raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
-    for _, _, _, mixed in matched:
-        mixed.target = None  # no longer needed: a sampler must not bring it back from host memory
-    for sampler in {module.slot.sampler for _, _, _, module in matched if module.slot is not None}:
-        sampler.remove()
-    plain: dict[int, nn.Module] = {}
-    for _, parent, attribute, mixed in matched:
-        if id(mixed) not in plain:
-            plain[id(mixed)] = to_plain(mixed)
-        setattr(parent, attribute, plain[id(mixed)])
-    gone = _ddp_names(name for name, _, _, _ in matched)
-    ignored = [name for name in getattr(model, _DDP_IGNORED, ()) if name not in gone]
-    if ignored:
-        setattr(model, _DDP_IGNORED, ignored)
-    else:
-        model.__dict__.pop(_DDP_IGNORED, None)
-    for module in model.modules():
-        for attribute, rate in module.__dict__.pop(_RATES_ATTRIBUTE, {}).items():
-            setattr(module, attribute, rate)
+def _nothing_to_mix(selection: Selection) -> str:
+    skipped = selection.skipped
+    layers = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:8])
+    message = (
+        "apply_mixout: nothing to mix: expected a pretrained Linear or Conv1D that trains and that include and exclude "
+        f"let through, got {len(skipped)} linear layers: {layers or 'none'}"
+    )
+    if any(reason.startswith("frozen") for reason in skipped.values()):
+        message += (
+            ". Mixing frozen weights changes nothing (frozen=True is for those that are thawed later). A LoRA model "
+            "keeps its lora_dropout, or gets mixout on its lora_B: see docs/recipes/peft.md"
+        )
+    if any("subclass of Linear" in reason for reason in skipped.values()):
+        message += ". subclasses= mixes subclasses of Linear"
+    return message
 
 
-def _check_model(function: str, model: nn.Module, remedy: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
-    if _is_linear(model) or isinstance(model, MixConv1D):
-        raise ValueError(f"{function}: model: expected one with layers in it, got a {type(model).__name__}: {remedy}")
-
-
-def _raw_parameters(model: nn.Module) -> dict[str, str]:
-    """Weights that no swap reaches: ``in_proj_weight``, XLNet's q, k and v, experts in one tensor, positions."""
-    why = "a Parameter {} of its own: mixout() mixes it where it is read"
-    return {
-        f"{prefix}.{name}".lstrip("."): why.format(list(weight.shape))
-        for prefix, module in model.named_modules()
-        if not _is_linear(module)
-        for name, weight in module._parameters.items()
-        if weight is not None and weight.dim() > 1 and name != "weight"
-    }
-
-
-def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every (name, parent, attribute, module); a module that is registered in several places comes once for each."""
-    seen: set[tuple[int, str]] = set()
-    for prefix, parent in model.named_modules(remove_duplicate=False):
-        for attribute, module in parent._modules.items():  # named_children() drops a second name of the same module
-            if module is not None and (id(parent), attribute) not in seen:
-                seen.add((id(parent), attribute))
-                yield f"{prefix}.{attribute}".lstrip("."), parent, attribute, module
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _reason_to_skip(
-    name: str, module: nn.Module, included: tuple[str, ...] | None, excluded: tuple[str, ...]
-) -> str | None:
-    """None for a module to swap, a reason for a linear layer that is left alone, "" for everything else."""
-    if not _is_linear(module):
-        return ""
-    if type(module) is not nn.Linear and not _is_conv1d(module):
-        return f"{type(module).__name__} is a subclass of Linear: its weight may be read without its forward"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed, not a Parameter"
-    if pattern := next((pattern for pattern in excluded if matches(name, pattern)), None):
-        return f"excluded by {pattern!r}"
-    if included is not None and not any(matches(name, pattern) for pattern in included):
-        return "not included"
-    return None
-
-
-def matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
-
-
-def patterns(function: str, argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise TypeError(f"{function}: {argument}: expected a list of patterns, got the string {patterns!r}")
-    found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{function}: {argument}: expected a list of patterns, got {patterns!r}")
+def _other_parameters(model: nn.Module) -> dict[str, str]:
+    """What no conversion reaches: embeddings, convolutions, ``in_proj_weight``, experts in one tensor, routers."""
+    linear_weights = {id(module._parameters.get("weight")) for module in linear_layers(model).values()}
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is None or weight.dim() < 2 or id(weight) in linear_weights or is_linear(module):
+                continue
+            kind, shape = type(module).__name__, list(weight.shape)
+            found[f"{prefix}.{name}".lstrip(".")] = f"{kind}, a Parameter {shape}: mixout() mixes it where it is read"
     return found
-
-
-def _disable_dropout(model: nn.Module) -> dict[str, str]:
-    changed = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            rates = {"p": module.p}
-        else:
-            rates = {
-                attribute: value
-                for attribute, value in module.__dict__.items()
-                if "dropout" in attribute and isinstance(value, float)
-            }
-        rates = {attribute: rate for attribute, rate in rates.items() if rate > 0}
-        if rates:
-            module.__dict__[_RATES_ATTRIBUTE] = rates
-            for attribute in rates:
-                setattr(module, attribute, 0.0)
-            changed[name] = ", ".join(f"{attribute} {rate} -> 0" for attribute, rate in rates.items())
-    return changed

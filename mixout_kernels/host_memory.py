@@ -9,33 +9,39 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .modules import MixConv1D, MixLinear, put_target_beside_weight
+from .modules import MixedLayer
 
 # A piece's copy must take longer than starting it (10 us against a millisecond at 50 GB/s), and two pieces lie on the
 # device at a time.
 PIECE_BYTES = 64 * 2**20
 
 
-def to_host(layers: Sequence[MixLinear | MixConv1D]) -> None:
+def to_host(layers: Sequence[MixedLayer]) -> None:
     """Moves the targets of these layers, each once, to host memory that a GPU can read (pinned, where there is one).
 
-    They are no buffers from then on, so that ``model.to`` leaves them where they are.
+    ``model.to`` leaves them where they are from then on.
     """
     moved: dict[int, Tensor] = {}
     for layer in layers:
-        target = layer._buffers.pop("target")
+        target = layer.target
         if target is not None and id(target) not in moved:
             # Not .cpu(): an expanded target would stay one, and its elements could not be copied one by one.
             host = torch.empty_like(target, device="cpu", pin_memory=torch.cuda.is_available())
             moved[id(target)] = host.copy_(target)
         layer.target = None if target is None else moved[id(target)]
+        layer.host_target = True
 
 
-def to_device(layers: Sequence[MixLinear | MixConv1D]) -> None:
-    """Undoes :func:`to_host`: buffers again, on the devices of their weights."""
+def to_device(layers: Sequence[MixedLayer]) -> None:
+    """Undoes :func:`to_host`: on the devices of their weights again, which they follow."""
     moved: dict[tuple[int, torch.device], Tensor] = {}
     for layer in layers:
-        put_target_beside_weight(layer, moved)
+        if (target := layer.target) is not None:
+            key = id(target), layer.weight.device
+            if key not in moved:  # tied layers go on sharing one
+                moved[key] = target.to(layer.weight.device)
+            layer.target = moved[key]
+        layer.host_target = False
 
 
 def beside(weight: Tensor, target: Tensor | None) -> Tensor | None:

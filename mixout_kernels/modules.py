@@ -1,8 +1,10 @@
-"""Drop-in modules: ``nn.Linear``, and transformers' ``Conv1D``, with mixout on their weight."""
+"""Drop-in layers with mixout on their weight, and the step in place from a plain layer to a mixed one and back."""
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +13,133 @@ from torch import Tensor, nn
 from . import checks
 from .functional import Mask, mix_linear
 
+# What a mixed layer has and a plain one has not.
+_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "slot", "host_target")
 
-class MixLinear(nn.Linear):
+
+class MixedLayer(nn.Module):
+    """The common base of :class:`MixLinear` and :class:`MixConv1D`: their settings, their target, their forward.
+
+    Settings may be changed at any time; a value that does not fit raises the error that the constructor would raise.
+
+    The target is no buffer: it belongs to training alone, so DistributedDataParallel does not broadcast it, FSDP does
+    not shard it, and an exported or saved program does not hold it. It follows ``.to()``, ``.half()``,
+    ``copy.deepcopy`` and pickling all the same, and at the latest in forward it goes where the weight has gone.
+    """
+
+    p: float
+    grad_p: float
+    rescale: bool
+    mask: Mask
+    target: Tensor | None = None
+    slot: Any = None  # this layer's place in a MixSampler
+    host_target: bool = False  # a sampler keeps the target in host memory: it stays where it is
+    plain_class: ClassVar[type[nn.Module]]  # what ``to_plain`` goes back to
+    weight: Tensor
+    bias: Any  # a Parameter or None; Any, since it is Linear that says so
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The weight, or a tensor of its shape, as ``[out, in]``: a view."""
+        return tensor
+
+    def _mixed_forward(self, input: Tensor) -> Tensor:
+        weight, target = self.weight, self.target
+        if not self.training or (self.p == 0 and self.grad_p == 0):
+            return F.linear(input, self.matrix(weight), self.bias)
+        if target is not None:
+            if target.device != weight.device or target.dtype != weight.dtype:
+                target = self._target_for(weight)
+            target = self.matrix(target)
+        weight = self.matrix(weight)
+        if self.slot is not None:
+            return self.slot(input, weight, target, self.bias)
+        return mix_linear(
+            input, weight, target, self.bias, p=self.p, grad_p=self.grad_p, rescale=self.rescale, mask=self.mask
+        )
+
+    def _target_for(self, weight: Tensor) -> Tensor:
+        """The target after something moved or cast the weight by itself (``p.data = ...``, accelerate's hooks)."""
+        assert self.target is not None
+        if not self.host_target:
+            # A target narrower than its weight was asked for; a wider one has digits that the weight has not.
+            narrower = self.target.dtype.itemsize < weight.dtype.itemsize
+            dtype = self.target.dtype if narrower else weight.dtype
+            self.__dict__["target"] = self.target.to(device=weight.device, dtype=dtype)
+        return self.target
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.target is not None and not self.host_target:
+            with torch.no_grad():
+                self.__dict__["target"] = fn(self.target)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            _CHECKS[name](self, value)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("host_target", None)  # a copy has no sampler
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if type(self) is MixLinear or type(self) is not mixed_class(self.plain_class):
+            return reduced
+        # Its class was made here and has no place to be imported from.
+        return _new_of, (self.plain_class,), *reduced[2:]
+
+    def _settings_repr(self) -> str:
+        grad_p = f", grad_p={self.grad_p}" if self.grad_p else ""
+        target = "zero" if self.target is None else "frozen"
+        return f"p={self.p}{grad_p}, mask={self.mask!r}, target={target}"
+
+
+def _check_probability(name: str) -> Callable[[MixedLayer, Any], None]:
+    return lambda layer, value: checks.probability(type(layer).__name__, name, value)
+
+
+def _check_target(layer: MixedLayer, target: Tensor | None) -> None:
+    # On meta, since the devices may differ: forward moves a target to its weight.
+    if target is not None:
+        target = target.to("meta") if isinstance(target, Tensor) else target
+        checks.weight_and_target(type(layer).__name__, layer.weight.to("meta"), target)
+
+
+_CHECKS: dict[str, Callable[[MixedLayer, Any], None]] = {
+    "p": _check_probability("p"),
+    "grad_p": _check_probability("grad_p"),
+    "rescale": lambda layer, value: checks.flag(type(layer).__name__, "rescale", value),
+    "mask": lambda layer, value: checks.kind(type(layer).__name__, value),
+    "target": _check_target,
+}
+
+
+class MixLinear(MixedLayer, nn.Linear):
     """An ``nn.Linear`` whose weight is mixed with a frozen target while training.
 
     ``y = x Phi^T + b`` with ``Phi = u + M * (w - u) / (1 - p)`` (Lee, Cho & Kang, ICLR 2020, eq. 4); see
-    :func:`mixout_kernels.mix_linear`. In eval mode it is an ``nn.Linear``, bit for bit.
+    :func:`mixout_kernels.mix_linear`. In eval mode, and where p and grad_p are 0, it is an ``nn.Linear``, bit for bit.
 
-    The state_dict has the keys of ``nn.Linear``, so checkpoints load both ways: the target is a non-persistent buffer,
-    which follows ``.to()``, ``.half()``, ``copy.deepcopy`` and pickling of the module.
+    The state_dict has the keys of ``nn.Linear``, so checkpoints load both ways: the target is an attribute, which
+    follows ``.to()``, ``.half()``, ``copy.deepcopy`` and pickling of the module.
 
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``.
         p: the mix probability in [0, 1].
         target: u, ``[out_features, in_features]``; it is not copied. None is zero: dropout of the input features or
             dropconnect.
-        mask: "neuron", one decision per input feature, or "weight", one per element.
+        mask: "neuron", one decision per input feature, "weight", one per element, or another kind of
+            :func:`mixout_kernels.mix_linear`.
+        grad_p: the probability in [0, 1] that an entry which the mix kept gets no gradient.
+        rescale: False leaves the factor ``1 / (1 - grad_p)`` out of dw.
 
     Raises:
-        ValueError, TypeError: for a p, a mask or a target that does not fit.
+        ValueError, TypeError: for a setting or a target that does not fit, here and wherever one is set later.
     """
 
-    p: float
-    mask: Mask
-    target: Tensor | None
-    plain_class: type[nn.Module] = nn.Linear  # what ``to_plain`` goes back to
-    slot: Any = None  # this layer's place in a MixSampler
+    plain_class = nn.Linear
 
     def __init__(
         self,
@@ -49,96 +152,183 @@ class MixLinear(nn.Linear):
         p: float,
         target: Tensor | None = None,
         mask: Mask = "neuron",
+        grad_p: float = 0.0,
+        rescale: bool = True,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        _set_mixout(self, self.weight, p, target, mask)
+        _set_mixout(self, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, p: float, target: Tensor | None = None, mask: Mask = "neuron"
+        cls,
+        linear: nn.Linear,
+        *,
+        p: float,
+        target: Tensor | None = None,
+        mask: Mask = "neuron",
+        grad_p: float = 0.0,
+        rescale: bool = True,
     ) -> MixLinear:
         """A MixLinear that shares ``linear``'s Parameters, hooks and attributes.
 
-        ``target=None`` here means the pretrained weight: a frozen copy of ``linear.weight``.
+        ``target=None`` here means the pretrained weight: a frozen copy of ``linear.weight``. Of a subclass of Linear
+        the result is a MixLinear and an instance of that subclass, with what it adds.
+
+        Raises:
+            TypeError: if ``linear`` is no ``nn.Linear``, or its class has a forward of its own.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"MixLinear.from_linear: linear: expected an nn.Linear, got {type(linear).__name__}")
-        module = shallow_copy(linear, cls)
-        module.plain_class = type(linear)
-        _set_mixout(module, linear.weight, p, frozen_copy(linear.weight) if target is None else target, mask)
+        if type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"MixLinear.from_linear: linear: expected the forward of nn.Linear, got a {type(linear).__name__}, "
+                "which has one of its own"
+            )
+        module: MixLinear = _shallow_copy(linear)
+        target = frozen_copy(linear.weight) if target is None else target
+        to_mixed(module, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return F.linear(input, self.weight, self.bias)
-        if self.slot is not None:
-            return self.slot(input, self.weight, self.target, self.bias)
-        return mix_linear(input, self.weight, self.target, self.bias, p=self.p, mask=self.mask)
+        if not isinstance(self, MixedLayer):
+            return type(self).forward(self, input)  # bound by a wrapper that has outlived remove_mixout
+        return self._mixed_forward(input)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_mixout_repr(self)}"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        put_target_beside_weight(self, {})
+        return f"{super().extra_repr()}, {self._settings_repr()}"
 
 
-class MixConv1D(nn.Module):
+class MixConv1D(MixedLayer):
     """transformers' ``Conv1D``, a linear layer whose weight lies as ``[in, out]``, with mixout on that weight.
 
-    The neuron mask goes over the *input* features, as for a Linear: here these are the rows of the weight.
+    The neuron mask goes over the *input* features, as for a Linear: here these are the rows of the weight. An instance
+    is also one of transformers' own ``Conv1D``.
     """
 
-    p: float
-    mask: Mask
-    target: Tensor | None
-    weight: Tensor
-    bias: Tensor
     nx: int
     nf: int
-    plain_class: type[nn.Module]
-    slot: Any = None
 
     @classmethod
     def from_conv1d(
-        cls, conv: nn.Module, *, p: float, target: Tensor | None = None, mask: Mask = "neuron"
+        cls,
+        conv: nn.Module,
+        *,
+        p: float,
+        target: Tensor | None = None,
+        mask: Mask = "neuron",
+        grad_p: float = 0.0,
+        rescale: bool = True,
     ) -> MixConv1D:
-        """A MixConv1D that shares ``conv``'s Parameters; ``target=None`` is a frozen copy of ``conv.weight``."""
-        weight = conv.get_parameter("weight")
-        module = shallow_copy(conv, cls)
-        module.plain_class = type(conv)
-        _set_mixout(module, weight, p, frozen_copy(weight) if target is None else target, mask)
+        """A MixConv1D that shares ``conv``'s Parameters; ``target=None`` is a frozen copy of ``conv.weight``.
+
+        Raises:
+            TypeError: if ``conv`` is no ``Conv1D`` of transformers.
+        """
+        if not is_conv1d(conv):
+            raise TypeError(
+                f"MixConv1D.from_conv1d: conv: expected a Conv1D of transformers, got {type(conv).__name__}"
+            )
+        module: MixConv1D = _shallow_copy(conv)
+        target = frozen_copy(conv.get_parameter("weight")) if target is None else target
+        to_mixed(module, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)
         return module
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight, target = self.weight.t(), None if self.target is None else self.target.t()
-        if not self.training or self.p == 0:
-            return F.linear(input, weight, self.bias)
-        if self.slot is not None:
-            return self.slot(input, weight, target, self.bias)
-        return mix_linear(input, weight, target, self.bias, p=self.p, mask=self.mask)
+    def matrix(self, tensor: Tensor) -> Tensor:
+        return tensor.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, MixedLayer):
+            return type(self).forward(self, x)  # bound by a wrapper that has outlived remove_mixout
+        return self._mixed_forward(x)
+
+    __repr__ = nn.Module.__repr__  # Conv1D's own says nothing of what is added here
 
     def extra_repr(self) -> str:
-        return f"nf={self.nf}, nx={self.nx}, {_mixout_repr(self)}"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        put_target_beside_weight(self, {})
+        return f"nf={self.nf}, nx={self.nx}, {self._settings_repr()}"
 
 
-def to_plain(module: MixLinear | MixConv1D) -> nn.Module:
-    """The module without mixout, as it was: the same Parameters, hooks and attributes."""
-    plain = shallow_copy(module, module.plain_class)
-    plain._buffers.pop("target", None)
-    plain._non_persistent_buffers_set.discard("target")
-    for name in ("p", "mask", "plain_class", "slot", "target"):  # target: where host_memory.py has put it
-        plain.__dict__.pop(name, None)
-    return plain
+def is_conv1d(module: nn.Module) -> bool:
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
 
-def shallow_copy(module: nn.Module, cls: type[Any]) -> Any:
-    """A module of class ``cls`` with the Parameters, buffers, hooks and attributes of ``module``."""
-    copy: Any = object.__new__(cls)
+_mixed_classes: dict[type, type[MixedLayer]] = {nn.Linear: MixLinear}
+
+
+def mixed_class(plain: type[nn.Module]) -> type[MixedLayer]:
+    """The class of ``plain``'s layers while they are mixed: MixLinear, or one, made once, that is also a ``plain``."""
+    if plain not in _mixed_classes:
+        base = MixLinear if issubclass(plain, nn.Linear) else MixConv1D
+        own = {"plain_class": plain, "__module__": base.__module__}
+        _mixed_classes[plain] = type(f"Mix{plain.__name__}", (base, plain), own)
+    return _mixed_classes[plain]
+
+
+def to_mixed(
+    module: nn.Module,
+    *,
+    p: float,
+    target: Tensor | None,
+    mask: Mask = "neuron",
+    grad_p: float = 0.0,
+    rescale: bool = True,
+) -> None:
+    """Gives a plain layer mixout, in place: its class changes; the object, its Parameters and its hooks stay."""
+    plain, mixed = type(module), mixed_class(type(module))
+    checks.mixout(mixed.__name__, module.weight, target, p, mask, grad_p, rescale)  # type: ignore[arg-type]
+    _rebind(module, plain, mixed)
+    module.__class__ = mixed
+    _set_mixout(module, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)  # type: ignore[arg-type]
+
+
+def to_plain(module: MixedLayer) -> None:
+    """Takes mixout away again, in place: the layer is what it was, with its trained weight."""
+    mixed, plain = type(module), _plain_class_of(type(module))
+    _rebind(module, mixed, plain)
+    module.__class__ = plain  # type: ignore[assignment]
+    for name in _SETTINGS:
+        module.__dict__.pop(name, None)
+
+
+def forward_reaches_class(module: nn.Module) -> bool:
+    """Whether a call ends in the forward of the module's class, now and after that class was changed."""
+    own = module.__dict__
+    return "forward" not in own or any(_is_forward(own.get(name), module, type(module)) for name in _entries(own))
+
+
+def _entries(own: dict[str, Any]) -> tuple[str, ...]:
+    # accelerate's hooks: forward is a wrapper, which looks up _old_forward in each call.
+    return ("_old_forward",) if "_hf_hook" in own else ("forward",)
+
+
+def _is_forward(method: Any, module: nn.Module, cls: type[nn.Module]) -> bool:
+    return isinstance(method, types.MethodType) and method.__self__ is module and method.__func__ is cls.forward
+
+
+def _rebind(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    for name, value in list(module.__dict__.items()):
+        if _is_forward(value, module, old):
+            module.__dict__[name] = types.MethodType(new.forward, module)
+
+
+def _plain_class_of(mixed: type[MixedLayer]) -> type[nn.Module]:
+    """Also under a class that torch has laid over the mixed one since: a parametrization's, or FSDP's."""
+    if not mixed.__module__.startswith("torch."):
+        return mixed.plain_class
+    bases = tuple(_plain_class_of(base) if issubclass(base, MixedLayer) else base for base in mixed.__bases__)
+    own = {name: value for name, value in vars(mixed).items() if name not in ("__dict__", "__weakref__")}
+    name = mixed.__name__.replace(mixed.__bases__[-1].__name__, bases[-1].__name__)
+    return type(name, bases, own)
+
+
+def _new_of(plain: type[nn.Module]) -> MixedLayer:
+    cls = mixed_class(plain)
+    return cls.__new__(cls)
+
+
+def _shallow_copy(module: nn.Module) -> Any:
+    """A module with the Parameters, buffers, hooks and attributes of ``module``."""
+    copy: Any = object.__new__(type(module))
     copy.__dict__ = dict(module.__dict__)
     # What a module registers is its own; the dicts of hooks are shared, since a hook's handle removes it from its dict.
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
@@ -146,31 +336,12 @@ def shallow_copy(module: nn.Module, cls: type[Any]) -> Any:
     return copy
 
 
-def put_target_beside_weight(module: MixLinear | MixConv1D, moved: dict[tuple[int, torch.device], Tensor]) -> None:
-    """Makes a target that a sampler keeps in host memory a buffer again, on the device of the weight.
-
-    ``moved`` has the targets that were moved before: tied layers keep sharing one.
-    """
-    if "target" not in module.__dict__:
-        return
-    target = module.__dict__.pop("target")
-    if target is not None:
-        key = id(target), module.weight.device
-        if key not in moved:
-            moved[key] = target.to(module.weight.device)
-        target = moved[key]
-    module.register_buffer("target", target, persistent=False)
-
-
 def frozen_copy(weight: Tensor) -> Tensor:
     return weight.detach().clone(memory_format=torch.preserve_format)
 
 
-def _set_mixout(module: MixLinear | MixConv1D, weight: Tensor, p: float, target: Tensor | None, mask: Mask) -> None:
-    checks.mixout(type(module).__name__, weight, target, p, mask)
-    module.p, module.mask = p, mask
-    module.register_buffer("target", target, persistent=False)
-
-
-def _mixout_repr(module: MixLinear | MixConv1D) -> str:
-    return f"p={module.p}, mask={module.mask!r}, target={'zero' if module.target is None else 'frozen'}"
+def _set_mixout(
+    module: MixedLayer, *, p: float, target: Tensor | None, mask: Mask, grad_p: float, rescale: bool
+) -> None:
+    checks.mixout(type(module).__name__, module.weight, target, p, mask, grad_p, rescale)
+    module.__dict__.update(p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)

@@ -5,7 +5,7 @@ Both are post-step hooks of an optimizer, decoupled from its gradient, and work 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .convert import DEFAULT_HEADS, matches, patterns
-from .modules import MixConv1D, MixLinear, frozen_copy
+from .checkpoints import Pretrained, Source
+from .modules import MixedLayer, frozen_copy
+from .selection import Evidence, each_must_match, matches, own_patterns, patterns
 
 
 def decay_to_target(
-    optimizer: Optimizer, model: nn.Module, decay: float, *, exclude: Iterable[str] = DEFAULT_HEADS
+    optimizer: Optimizer,
+    model: nn.Module,
+    decay: float | Callable[[int], float],
+    *,
+    exclude: Iterable[str] | None = None,
+    missing_keys: Iterable[str] | None = None,
+    targets: Source | None = None,
 ) -> RemovableHandle:
     """Weight decay towards the pretrained weights after every optimizer step: ``w -= lr * decay * (w - u)``.
 
@@ -29,38 +36,52 @@ def decay_to_target(
         optimizer: holds the parameters; lr is that of their group at each step.
         model: with its pretrained weights. u is the target of a mixout layer where there is one, and a frozen copy of
             the parameter as it is now everywhere else (this costs the bytes of those parameters).
-        decay: lambda >= 0.
-        exclude: patterns as in :func:`mixout_kernels.apply_mixout`; by default new heads, which have no pretrained
-            weight to go back to. ``()`` includes them.
+        decay: lambda >= 0, or a function that gives it for the number of steps taken before, from 0 on.
+        exclude: patterns of parameters that are not pulled. None leaves out new ones, as
+            :func:`mixout_kernels.apply_mixout` does; a list says all, so that ``()`` pulls every parameter.
+        missing_keys: as in :func:`mixout_kernels.apply_mixout`.
+        targets: where the pretrained parameters are, as in :func:`mixout_kernels.apply_mixout`, for a model that holds
+            the weights of a training checkpoint already: without it, biases, norms and embeddings would be pulled to
+            those. Parameters that it does not have are not pulled. Targets of mixout layers are theirs all the same.
 
     Returns:
         A handle; ``handle.remove()`` ends it.
 
     Raises:
-        ValueError: for a negative decay, or if the optimizer holds no parameter of the model that is not excluded.
-        TypeError: for a model with mixout under FSDP, whose targets are not sharded as its weights are.
+        ValueError: for a negative decay, a pattern that matches nothing, or if the optimizer holds no parameter of the
+            model that is not excluded.
+        TypeError: for a model with mixout under FSDP, whose targets are not sharded as its weights are, or for
+            ``targets`` of another kind.
+        FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
-    if not isinstance(decay, (int, float)) or not decay >= 0:
-        raise ValueError(f"decay_to_target: decay: expected a number >= 0, got {decay!r}")
-    excluded = patterns("decay_to_target", "exclude", exclude)
+    if not callable(decay):
+        _check_decay(decay)
+    excluded = () if exclude is None else patterns("decay_to_target", "exclude", exclude)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    each_must_match("decay_to_target", "exclude", own_patterns(excluded), names, "parameter")
+    evidence = Evidence(model, missing_keys)
+    pretrained = None if targets is None else Pretrained("decay_to_target", targets, model)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    mixed: dict[Tensor, MixLinear | MixConv1D] = {}
+    mixed: dict[Tensor, MixedLayer] = {}
     frozen: dict[Tensor, Tensor] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             seen = parameter in mixed or parameter in frozen
             if seen or parameter not in held or any(matches(name, pattern) for pattern in excluded):
                 continue
-            if isinstance(module, (MixLinear, MixConv1D)) and parameter is module.weight and module.target is not None:
+            new = evidence.reason_against(parameter) is not None
+            if isinstance(module, MixedLayer) and parameter is module.weight and module.target is not None:
                 mixed[parameter] = module
-            else:
+            elif pretrained is not None:
+                if (source := pretrained.find(parameter, expected=not new)) is not None:
+                    frozen[parameter] = frozen_copy(source).to(parameter)
+            elif not new or exclude is not None:
                 frozen[parameter] = frozen_copy(parameter)
     if not mixed and not frozen:
         raise ValueError(
-            "decay_to_target: optimizer: expected one that holds parameters of the model outside "
+            "decay_to_target: optimizer: expected one that holds pretrained parameters of the model outside "
             f"exclude={tuple(excluded)!r}, got none"
         )
-
     _check_not_sharded("decay_to_target", mixed.values())
 
     def target_of(weight: Tensor) -> Tensor:
@@ -69,13 +90,24 @@ def decay_to_target(
         frozen[weight] = frozen[weight].to(weight.device)  # the model may have moved since
         return frozen[weight]
 
+    steps = 0
+
     @torch.no_grad()
     def pull(optimizer: Optimizer, *_: Any) -> None:
+        nonlocal steps
+        present = _check_decay(decay(steps)) if callable(decay) else decay
+        steps += 1
         for group in optimizer.param_groups:
             weights = [w for w in group["params"] if w.requires_grad and (w in mixed or w in frozen)]
-            _lerp(weights, [target_of(weight) for weight in weights], group["lr"] * decay * step_taken(optimizer))
+            _lerp(weights, [target_of(weight) for weight in weights], group["lr"] * present * step_taken(optimizer))
 
     return optimizer.register_step_post_hook(pull)
+
+
+def _check_decay(decay: Any) -> float:
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not decay >= 0:
+        raise ValueError(f"decay_to_target: decay: expected a number >= 0, or a function that gives one, got {decay!r}")
+    return decay
 
 
 def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> RemovableHandle:
@@ -83,6 +115,9 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
 
     The anchor of GMixout (arXiv 2510.06982), an exponential moving average. Create it before a ``MixSampler``'s first
     forward or after, in any order: the sampler mixes after the optimizer's own hooks.
+
+    A checkpoint of the model does not hold the moved targets: save :func:`mixout_kernels.targets_state_dict` with it,
+    and give that to ``apply_mixout(targets=...)`` in the resumed run.
 
     Args:
         optimizer: whose steps are counted.
@@ -98,7 +133,7 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
     """
     if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"track_targets: decay: expected a number in [0, 1], got {decay!r}")
-    layers = [m for m in model.modules() if isinstance(m, (MixLinear, MixConv1D)) and m.target is not None]
+    layers = [m for m in model.modules() if isinstance(m, MixedLayer) and m.target is not None]
     if not layers:
         raise ValueError("track_targets: model: expected one with mixout layers that have a target, got none")
     _check_not_sharded("track_targets", layers)
@@ -112,7 +147,25 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
     return optimizer.register_step_post_hook(follow)
 
 
-def _check_not_sharded(name: str, layers: Iterable[MixLinear | MixConv1D]) -> None:
+def targets_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The targets of a model's mixed layers, by the names of their weights: what ``apply_mixout(targets=...)`` takes.
+
+    The tensors are the targets themselves, as those of ``state_dict()`` are the parameters.
+
+    Raises:
+        ValueError: if no layer of the model has a target.
+    """
+    targets = {
+        f"{name}.weight".lstrip("."): module.target
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, MixedLayer) and module.target is not None
+    }
+    if not targets:
+        raise ValueError("targets_state_dict: model: expected one with mixout layers that have a target, got none")
+    return targets
+
+
+def _check_not_sharded(name: str, layers: Iterable[MixedLayer]) -> None:
     for layer in layers:
         weight, target = layer.weight, layer.target
         if target is not None and (type(weight) not in (Tensor, nn.Parameter) or weight.shape != target.shape):

@@ -83,12 +83,12 @@ def test_report_lists_every_module_with_what_was_done():
     report = mk.apply_mixout(model, p=0.7)
     assert report.p == 0.7
     assert report.mask == "neuron"
-    assert report.mixed["blocks.0.query"] == "MixLinear [8, 8]"
+    assert report.mixed["blocks.0.query"] == "MixLinear [8, 8], p=0.7"
     assert report.skipped == {
-        "attention.out_proj": "NonDynamicallyQuantizableLinear is a subclass of Linear: its weight may be read without "
-        "its forward",
-        "attention.in_proj_weight": "a Parameter [24, 8] of its own: mixout() mixes it where it is read",
-        "classifier": "excluded by 'classifier'",
+        "attention.out_proj": "MultiheadAttention reads its weight itself, without its forward",
+        "classifier": "excluded by 'classifier': new, by its name",
+        "embedding.weight": "Embedding, a Parameter [11, 8]: mixout() mixes it where it is read",
+        "attention.in_proj_weight": "MultiheadAttention, a Parameter [24, 8]: mixout() mixes it where it is read",
     }
     assert report.dropout == {
         "": "attention_dropout 0.15 -> 0",
@@ -99,7 +99,7 @@ def test_report_lists_every_module_with_what_was_done():
     }
     assert report.target_bytes == 4 * 8 * 8 * 4
     text = str(report)
-    assert text.startswith("mixout p=0.7, mask='neuron': 4 mixed, 3 skipped, 5 dropout rates set to 0")
+    assert text.startswith("mixout p=0.7, mask='neuron': 4 mixed, 4 skipped, 5 dropout rates set to 0")
     for name in (*report.mixed, *report.skipped, "(the model)", "blocks.1.dropout"):
         assert name in text
 
@@ -179,16 +179,15 @@ def test_include_and_exclude(options, expected):
     report = mk.apply_mixout(model, p=0.5, **options)
     assert mixed_names(model) == expected == set(report.mixed)
     linears = MIXED | {"classifier", "attention.out_proj"}
-    assert set(report.skipped) == linears - expected | {"attention.in_proj_weight"}
+    assert set(report.skipped) == linears - expected | {"attention.in_proj_weight", "embedding.weight"}
 
 
 def test_not_included_is_said():
     report = mk.apply_mixout(Encoder(), p=0.5, include=["query"])
-    assert report.skipped["blocks.0.output"] == "not included"
-    assert report.skipped["classifier"] == "excluded by 'classifier'"
+    assert report.skipped["blocks.0.output"] == report.skipped["classifier"] == "not included"
 
 
-@pytest.mark.parametrize("include", [["no_such_layer"], ["classifier"], []], ids=str)
+@pytest.mark.parametrize("include", [["classifier"], []], ids=str)
 def test_nothing_matched_raises_and_changes_nothing(include):
     model = Encoder()
     before = state_of(model)
@@ -207,16 +206,12 @@ def test_a_model_without_linears_raises():
     [
         ({"p": 1.5}, ValueError, r"p: expected a number in \[0, 1\], got 1.5"),
         ({"p": "0.5"}, TypeError, "p: expected a number"),
-        (
-            {"p": 0.5, "mask": "row"},
-            ValueError,
-            "mask: expected one of 'neuron', 'weight', 'output', 'layer', got 'row'",
-        ),
+        ({"p": 0.5, "mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', .*, got 'row'"),
         ({"p": 0.5, "include": "query"}, TypeError, "include: expected a list of patterns, got the string 'query'"),
         ({"p": 0.5, "exclude": "query"}, TypeError, "exclude: expected a list of patterns, got the string 'query'"),
-        ({"p": 0.5, "exclude": None}, TypeError, "exclude: expected a list of patterns, got None"),
+        ({"p": 0.5, "exclude": 5}, TypeError, "exclude: expected a list of patterns, got 5"),
         ({"p": 0.5, "include": [1]}, TypeError, r"include: expected a list of patterns, got \[1\]"),
-        ({"p": 0.5, "targets": 5}, TypeError, "targets: expected a state_dict or a path, got int"),
+        ({"p": 0.5, "targets": 5}, TypeError, "targets: expected a state_dict, a model or a path, got int"),
         (
             {"p": 0.5, "target_dtype": "bfloat16"},
             TypeError,
@@ -242,12 +237,13 @@ def test_twice_raises_and_changes_nothing():
     assert_unchanged(model, before)
 
 
-def test_a_layer_by_itself_has_no_place_to_be_swapped_in():
-    message = r"^apply_mixout: model: expected one with layers in it, got a Linear: use MixLinear.from_linear"
-    with pytest.raises(ValueError, match=message):
-        mk.apply_mixout(nn.Linear(4, 4), p=0.5)
-    with pytest.raises(ValueError, match=r"^remove_mixout: model: expected one with layers in it, got a MixLinear"):
-        mk.remove_mixout(mk.MixLinear(4, 4, p=0.5))
+def test_a_layer_by_itself():
+    layer = nn.Linear(4, 4)
+    report = mk.apply_mixout(layer, p=0.5)
+    assert isinstance(layer, mk.MixLinear)
+    assert "(the model)" in str(report)
+    mk.remove_mixout(layer)
+    assert type(layer) is nn.Linear
     with pytest.raises(TypeError, match=r"^apply_mixout: model: expected an nn.Module, got str$"):
         mk.apply_mixout("bert", p=0.5)
 

@@ -128,10 +128,15 @@ def test_state_dict_has_the_keys_of_linear_and_loads_both_ways():
     assert torch.equal(module.target, target)
 
 
-def test_target_is_a_buffer_that_is_not_persistent():
+def test_target_is_no_buffer():
+    """So that DistributedDataParallel does not broadcast it, and exported programs do not hold it."""
     module = mk.MixLinear.from_linear(linear_of(), p=0.5)
-    assert dict(module.named_buffers()).keys() == {"target"}
-    assert module._non_persistent_buffers_set == {"target"}
+    assert not list(module.buffers())
+    x = torch.randn(2, 20)
+    program = torch.export.export(module.eval(), (x,))
+    assert program.state_dict.keys() == {"weight", "bias"}
+    assert not program.constants
+    assert torch.equal(program.module()(x), module(x))
 
 
 @pytest.mark.parametrize(

@@ -127,17 +127,6 @@ def test_targets_are_not_broadcast(ranks):
     assert all(seen["kept_targets"] for rank in ranks for seen in rank.values())
 
 
-def test_nor_those_of_a_compiled_model():
-    """DDP compares the names that it is to ignore with those of the module it is given."""
-    model = models.with_mixout(models.attention_net())
-    compiled = torch.compile(model, backend="eager")
-    targets = {name for name, _ in compiled.named_buffers()}
-    assert len(targets) == 5
-    assert targets <= set(compiled._ddp_params_and_buffers_to_ignore)
-    mk.remove_mixout(model)
-    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
-
-
 def test_shards_of_fsdp_train_as_the_whole_model(folder):
     """And no whole Phi undoes their saving."""
     for rank in range(RANKS):

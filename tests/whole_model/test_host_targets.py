@@ -77,13 +77,11 @@ def test_targets_on_the_host_are_not_moved_with_the_model():
     model[2].weight, model[2].target = model[0].weight, model[0].target  # tied
     before = [model[0].target, model[2].target]
     sampler = mk.MixSampler(model, host_targets=True)
-    assert not any(name.endswith("target") for name, _ in model.named_buffers())
     assert model[0].target is model[2].target
     model.to("meta")
     assert model[0].target.device.type == "cpu"
     model.to_empty(device="cpu")
     sampler.remove()
-    assert {name for name, _ in model.named_buffers()} == {"0.target", "2.target"} - {"2.target"}
     assert model[0].target is model[2].target
     assert torch.equal(model[0].target, before[0])
     assert "0.target" not in model.state_dict()
@@ -98,7 +96,7 @@ def test_a_copy_is_a_model_without_a_sampler(name, copied):
     mk.MixSampler(model, host_targets=True)
     other = copied(model)
     for layer, original in zip(models.mixed_layers(other).values(), models.mixed_layers(model).values(), strict=True):
-        assert torch.equal(layer.get_buffer("target"), original.target)
+        assert torch.equal(layer.target, original.target)
     models.run(other, x)
     mk.MixSampler(other, host_targets=True)
     models.run(other, x)
@@ -148,7 +146,7 @@ def test_without_premix_there_is_nothing_to_copy_for():
     model = models.with_mixout(models.mlp())
     with pytest.raises(ValueError, match=r"^MixSampler: host_targets: expected False with premix=False"):
         mk.MixSampler(model, host_targets=True, premix=False)
-    assert model[0]._buffers["target"] is not None
+    assert not model[0].host_target
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: memory of the GPU")

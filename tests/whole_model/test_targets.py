@@ -110,16 +110,26 @@ def test_a_missing_checkpoint(tmp_path):
 
 def test_a_checkpoint_of_another_model():
     model = models.attention_net()
-    state = {name: value for name, value in model.state_dict().items() if name != "1.key.weight"}
-    with pytest.raises(ValueError, match=r"apply_mixout: targets: expected an entry '1\.key\.weight'"):
+    state = {f"other.{name}": value for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"nothing to mix: .*targets has no entry for it, but 10 others such as 'oth"):
         mk.apply_mixout(model, p=0.5, targets=state)
     assert_plain(model)
+
+
+def test_a_layer_that_the_checkpoint_has_not():
+    """It has no pretrained weight, so it is left out, and the report says so."""
+    model = models.attention_net()
+    state = {name: value for name, value in model.state_dict().items() if name != "1.key.weight"}
+    report = mk.apply_mixout(model, p=0.5, targets=state)
+    assert "1.key" not in report.mixed
+    assert report.skipped["1.key"].startswith("new: targets has no entry for it")
+    assert len(report.mixed) == 4
 
 
 def test_a_target_of_another_shape():
     model = models.attention_net()
     state = model.state_dict() | {"2.weight": torch.zeros(3, 4)}
-    with pytest.raises(ValueError, match=r"apply_mixout: target: expected the weight's shape \[8, 48\], got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"apply_mixout: targets: expected \[8, 48\] for '2.weight', got \[3, 4\]"):
         mk.apply_mixout(model, p=0.5, targets=state)
     assert_plain(model)
 

@@ -1,0 +1,365 @@
+"""Which layers of a model are mixed: patterns, a p for each, evidence that a weight is pretrained, reasons against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .dropout_rates import rates_of
+from .modules import MixedLayer, forward_reaches_class, is_conv1d
+
+Policy = Literal["linear", "with-dropout"]
+
+# Heads that transformers, timm and peft add to a pretrained model and initialise at random, by name: the last resort
+# where nothing tells what is pretrained. (The paper's section 6.2 mixes a new head with its own initial weight: pass
+# exclude=() for that.)
+DEFAULT_HEADS = (
+    "classifier",
+    "score",
+    "qa_outputs",
+    "qa_classifier",
+    "pre_classifier",
+    "classification_head",
+    "logits_proj",
+    "sequence_summary",
+    "multiple_choice_head",
+    "regressor",
+    "projector",
+    "dist_head",
+    "cls_classifier",
+    "distillation_classifier",
+    "classifier_distill",
+    "class_labels_classifier",
+    "bbox_predictor",
+    "class_embed",
+    "bbox_embed",
+    "enc_score_head",
+    "enc_bbox_head",
+    "class_head",
+    "box_head",
+    "class_predictor",
+    "readout_projects",
+    "itm_head",
+    "tdnn",
+    "prompt_encoder",
+    "lora_*",
+)
+
+# New layers under names that are pretrained in other models: class of the model (a pattern), then names within it.
+NEW_IN_CLASS = (
+    ("Deberta*ForSequenceClassification", ("pooler",)),
+    ("Deberta*ForMultipleChoice", ("pooler",)),
+    ("*RobertaForMultipleChoice", ("roberta.pooler",)),
+    ("EuroBertFor*Classification", ("dense",)),
+    ("ModernBertDecoderForSequenceClassification", ("head",)),
+    ("ModernVBertFor*Classification", ("head",)),
+    ("GteFor*", ("gte.pooler",)),
+    ("NomicBertFor*", ("nomic_bert.pooler",)),
+    ("PerceiverFor*", ("perceiver.decoder",)),
+    ("SwiftFormerForImageClassification", ("head",)),
+    ("HGNetV2ForImageClassification", ("fc",)),
+    ("TextNetForImageClassification", ("fc",)),
+    ("VJEPA2ForVideoClassification", ("pooler",)),
+    ("VideoPrismForVideoClassification", ("head",)),
+    ("*ForCTC", ("lm_head",)),
+    ("*ForXVector", ("feature_extractor",)),
+    ("SegformerForSemanticSegmentation", ("decode_head",)),
+    ("PatchTST*For*", ("head",)),
+    ("PatchTSMixerFor*", ("head",)),
+    ("PrefixEncoder", ("transform",)),
+)
+# The same for every model of timm, by the module of its class.
+NEW_IN_TIMM = ("head", "head.fc", "fc", "head_dist")
+
+# Linear layers whose module is seldom or never called, since the class around them reads their weight itself.
+READ_ELSEWHERE = {
+    "MultiheadAttention": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),  # dt_proj everywhere, the others by the kernels for GPUs
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+    "DetrMHAttentionMap": ("k_linear", "k_proj"),
+    "ConditionalDetrMHAttentionMap": ("k_linear", "k_proj"),
+    "MaskFormerMHAttentionMap": ("k_linear", "k_proj"),
+}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A shell pattern matches the whole dotted name or one of its parts."""
+    return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
+
+
+def patterns(function: str, argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{function}: {argument}: expected a list of patterns, got the string {patterns!r}")
+    found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{function}: {argument}: expected a list of patterns, got {patterns!r}")
+    return found
+
+
+def each_must_match(
+    function: str, argument: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear layer"
+) -> None:
+    """A pattern that matches nothing is a typo, and would be a silent one."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(
+                f"{function}: {argument}: expected patterns that match a {what} of the model, got {pattern!r}, which "
+                f"matches none of {len(names)}: {', '.join(names[:8])}"
+            )
+
+
+def own_patterns(excluded: Iterable[str]) -> list[str]:
+    """Those that the user wrote: default heads that this model has not are no typos."""
+    return [pattern for pattern in excluded if pattern not in DEFAULT_HEADS]
+
+
+class Rates:
+    """p for each layer: one number, or the first matching pattern's."""
+
+    def __init__(self, function: str, p: float | Mapping[str, float]) -> None:
+        self.function = function
+        self.of_pattern = dict(p) if isinstance(p, Mapping) else {"*": p}
+        for pattern, rate in self.of_pattern.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{function}: p: expected patterns as keys, got {pattern!r}")
+            checks.probability(function, "p" if pattern == "*" else f"p[{pattern!r}]", rate)
+
+    def of(self, name: str) -> float | None:
+        pattern = self._pattern(name)
+        return None if pattern is None else self.of_pattern[pattern]
+
+    def _pattern(self, name: str) -> str | None:
+        return next((pattern for pattern in self.of_pattern if matches(name, pattern)), None)
+
+    def each_must_apply(self, names: Iterable[str]) -> None:
+        names = list(names)
+        if not names:
+            return
+        used = {self._pattern(name) for name in names}
+        for pattern in self.of_pattern:
+            if pattern not in used:
+                earlier = any(matches(name, pattern) for name in names)
+                why = "only layers that an earlier pattern has taken" if earlier else "no linear layer of the model"
+                raise ValueError(f"{self.function}: p: expected patterns that match, got {pattern!r}: it matches {why}")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer under each of its names."""
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, MixedLayer)) or is_conv1d(module)
+
+
+def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    """By the id of a Parameter: all names that it has in the model, of which tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+class Evidence:
+    """What tells that a parameter is pretrained: the loader's marks, missing keys, and names, the best that there is.
+
+    transformers sets ``_is_hf_initialized`` on each Parameter that came from the checkpoint. Only where no Parameter
+    of the model has that mark, and no missing keys are given, do names decide.
+    """
+
+    def __init__(self, model: nn.Module, missing_keys: Iterable[str] | None) -> None:
+        self._names = names_by_parameter(model)
+        self._marked = {
+            id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)
+        }
+        self._missing = None if missing_keys is None else set(missing_keys)
+        self._new_names = list(_new_names(model))
+
+    def reason_against(self, parameter: Tensor) -> str | None:
+        """Why this parameter is held for a new one; None for a pretrained one."""
+        names = self._names.get(id(parameter), [])
+        if self._missing is not None and any(name in self._missing for name in names):
+            return "new: missing_keys has it"
+        if self._marked:
+            return None if id(parameter) in self._marked else "new: from_pretrained did not load it"
+        return None if self._missing is not None else self.named_as_new(parameter)
+
+    def named_as_new(self, parameter: Tensor) -> str | None:
+        """By its names alone."""
+        for name in self._names.get(id(parameter), []):
+            for prefix, pattern in self._new_names:
+                if name.startswith(prefix) and matches(name.removeprefix(prefix), pattern):
+                    return f"excluded by {pattern!r}: new, by its name"
+        return None
+
+
+def _new_names(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Pairs of a prefix, and a pattern for what follows it."""
+    yield from (("", pattern) for pattern in DEFAULT_HEADS)
+    for name, module in model.named_modules():
+        prefix, cls = f"{name}." if name else "", type(module)
+        for pattern, heads in NEW_IN_CLASS:
+            if fnmatchcase(cls.__name__, pattern):
+                yield from ((prefix, f"{head}.*") for head in heads)
+        if cls.__module__.startswith("timm.models"):
+            yield from ((prefix, f"{head}.weight") for head in NEW_IN_TIMM)
+            yield from ((prefix, f"{head}.bias") for head in NEW_IN_TIMM)
+
+
+@dataclass
+class Selection:
+    """Modules to mix, each once, with its names and its p; and the reason against every other linear layer."""
+
+    chosen: list[tuple[nn.Module, list[str], float]]
+    skipped: dict[str, str]
+
+
+def select(
+    function: str,
+    model: nn.Module,
+    *,
+    rates: Rates,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
+    subclasses: bool | Iterable[type],
+    frozen: bool,
+    policy: Policy,
+    is_new: Callable[[Tensor], str | None],
+    example: Any,
+) -> Selection:
+    """Judges every linear layer of the model by everything that ``apply_mixout`` documents."""
+    included = None if include is None else patterns(function, "include", include)
+    excluded = () if exclude is None else patterns(function, "exclude", exclude)
+    checks.choice(function, "policy", policy, ("linear", "with-dropout"))
+    checks.flag(function, "frozen", frozen)
+    allowed = _allowed_subclasses(function, subclasses)
+    layers = linear_layers(model)
+    if layers:
+        each_must_match(function, "include", included or (), layers)
+        modules = (name for name, _ in model.named_modules(remove_duplicate=False) if name)
+        each_must_match(function, "exclude", own_patterns(excluded), modules, "module")
+    rates.each_must_apply(layers)
+
+    names_of: dict[int, list[str]] = {}
+    for name, module in layers.items():
+        names_of.setdefault(id(module), []).append(name)
+    selection = Selection([], {})
+    for name, module in layers.items():
+        names = names_of[id(module)]
+        if name != names[0]:
+            continue
+        parents = [model.get_submodule(other.rpartition(".")[0]) for other in names if other]
+        reason = (
+            _reason_of_class(module, names, parents, allowed)
+            or _reason_of_patterns(names, included, excluded)
+            or ("no pattern of p matches it" if all(rates.of(other) is None for other in names) else None)
+            or _reason_of_policy(parents, policy)
+            or (None if frozen or module.weight.requires_grad else "frozen: its weight does not train")
+            or is_new(module.get_parameter("weight"))
+        )
+        if reason is None:
+            rate = next(rate for rate in map(rates.of, names) if rate is not None)
+            selection.chosen.append((module, names, rate))
+        else:
+            selection.skipped.update(dict.fromkeys(names, reason))
+    if example is not None and selection.chosen:
+        called = _called(model, [module for module, _, _ in selection.chosen], example)
+        for module, names, _ in selection.chosen:
+            if id(module) not in called:
+                why = "not reached: the example's forward did not call it; its weight is read elsewhere, or not at all"
+                selection.skipped.update(dict.fromkeys(names, why))
+        selection.chosen = [entry for entry in selection.chosen if id(entry[0]) in called]
+    return selection
+
+
+def _allowed_subclasses(function: str, subclasses: bool | Iterable[type]) -> Callable[[type], bool]:
+    """Whether a subclass of Linear was asked for. Listed classes may have a forward of their own: the user knows it."""
+    if isinstance(subclasses, bool):
+        return lambda cls: subclasses and cls.forward is nn.Linear.forward  # type: ignore[attr-defined]
+    listed = tuple(subclasses) if isinstance(subclasses, Iterable) else (None,)
+    if not all(isinstance(cls, type) and issubclass(cls, nn.Linear) for cls in listed):
+        raise TypeError(
+            f"{function}: subclasses: expected True, False or a list of subclasses of nn.Linear, got {subclasses!r}"
+        )
+    return lambda cls: cls in listed
+
+
+def _reason_of_class(
+    module: nn.Module, names: list[str], parents: list[nn.Module], allowed: Callable[[type], bool]
+) -> str | None:
+    cls = type(module)
+    if isinstance(module, MixedLayer):
+        return "mixed already"
+    for name, parent in zip(names, parents, strict=False):
+        for ancestor in type(parent).__mro__:
+            if name.rpartition(".")[2] in READ_ELSEWHERE.get(ancestor.__name__, ()):
+                return f"{type(parent).__name__} reads its weight itself, without its forward"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed, not a Parameter"
+    # FSDP's class is the user's Linear all the same, with a sharded weight that apply_mixout refuses.
+    plain = cls is nn.Linear or is_conv1d(module) or cls.__module__.startswith("torch.distributed.")
+    if not plain and not allowed(cls):
+        own = "with a forward of its own" if cls.forward is not nn.Linear.forward else "on request: subclasses=True"
+        return f"{cls.__name__} is a subclass of Linear ({own})"
+    if not module.weight.is_floating_point():  # type: ignore[operator]
+        return f"its weight is {module.weight.dtype}"
+    if not forward_reaches_class(module):
+        return "its forward was replaced on the instance, by one that goes on to the plain layer's"
+    return None
+
+
+def _reason_of_patterns(names: list[str], included: tuple[str, ...] | None, excluded: tuple[str, ...]) -> str | None:
+    for pattern in excluded:
+        if any(matches(name, pattern) for name in names):
+            return f"excluded by {pattern!r}"
+    if included is not None and not any(matches(name, pattern) for name in names for pattern in included):
+        return "not included"
+    return None
+
+
+def _reason_of_policy(parents: list[nn.Module], policy: Policy) -> str | None:
+    if policy == "linear":
+        return None
+    for parent in parents:
+        if any(rates_of(module) for module in (parent, *parent.children())):
+            return None
+    return "its module has no dropout that mixout could replace (policy='with-dropout')"
+
+
+def _called(model: nn.Module, modules: list[nn.Module], example: Any) -> set[int]:
+    """The ids of those modules that an evaluation of the example calls."""
+    called: set[int] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(id(module))) for module in modules]
+    training = {module: module.training for module in model.modules()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            if isinstance(example, Mapping):
+                model(**example)
+            elif isinstance(example, (tuple, list)):
+                model(*example)
+            else:
+                model(example)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+    return called
