@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda test-torch lint format dist docs finetune bench bench-step codegen gpu
+.PHONY: help test test-core test-triton test-cuda test-torch lint format dist docs finetune bench bench-step picture codegen gpu
 .PHONY: sanitize clean
 .DEFAULT_GOAL := help
 
@@ -81,6 +81,9 @@ bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
 
 bench-step: $(BUILT)  ## whole training steps: a table and a plot
 	$(PY) -m benchmarks.step --output $(OUT)/step $(ARGS)
+
+picture: $(ENVIRONMENT)  ## the picture of the README, out of the committed results of bench-step
+	$(PY) tools/readme_picture.py benchmarks/results/step/minilm.csv docs/step.png
 
 codegen: $(BUILT)  ## what ptxas makes of every GPU kernel: registers, shared memory, spills
 	$(PY) -m benchmarks.codegen_triton $(ARGS)

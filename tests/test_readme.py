@@ -15,6 +15,7 @@ from .conftest import ROOT
 from .finetune.conftest import save_checkpoint
 
 REPOSITORY = "https://github.com/mixout-kernels/mixout_kernels/blob/main/"
+RAW = "https://raw.githubusercontent.com/mixout-kernels/mixout_kernels/main/"
 DOCUMENTATION = "https://mixout-kernels.github.io/mixout_kernels/"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
@@ -101,11 +102,24 @@ def test_links_of_the_readme_work_on_a_package_index():
     """There nothing lies beside it, so a link has to be a whole address; those of this project name something here."""
     for link in links("README.md"):
         assert link.startswith("https://"), f"{link}: expected a whole address"
-        if link.startswith(REPOSITORY):
-            assert (ROOT / link.removeprefix(REPOSITORY).partition("#")[0]).exists(), link
+        for address in (REPOSITORY, RAW):
+            if link.startswith(address):
+                assert (ROOT / link.removeprefix(address).partition("#")[0]).exists(), link
         if link.startswith(DOCUMENTATION):
             page = link.removeprefix(DOCUMENTATION).partition("#")[0].strip("/") or "index"
             assert f"docs/{page}.md" in PAGES, link
+
+
+def test_the_picture_has_its_figures():
+    """`make picture` finds what it draws in the committed results, the pale bars longer than those in front of them."""
+    pytest.importorskip("matplotlib")
+    from tools import readme_picture
+
+    bars, machine = readme_picture.read(ROOT / "benchmarks" / "results" / "step" / "minilm.csv")
+    assert bars[0].ratio == 1
+    assert [bar.pale is not None for bar in bars] == [False, False, False, True, True]
+    assert all(bar.ratio < bar.pale for bar in bars if bar.pale is not None)
+    assert "torch 2." in machine
 
 
 # --- the documentation ------------------------------------------------------------------------------------------------
