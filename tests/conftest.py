@@ -124,9 +124,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("any_case", cases, ids=str)
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", [case for case in cases if case.backend != "reference"], ids=str)
-    if "device" in metafunc.fixturenames:
-        devices = sorted({case.device for case in cases if not case.emulated})
-        metafunc.parametrize("device", devices)
+
+
+# A fixture with parameters and no metafunc.parametrize: that one would also multiply the tests of a folder that has a
+# `device` of its own, as tests/cuda has.
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> str:
+    """Where the backends that are tested run."""
+    if not any(case.device == request.param and not case.emulated for case in pytestconfig.stash[_CASES]):
+        pytest.skip(f"none of the backends asked for runs on {request.param}")
+    return request.param
 
 
 @pytest.fixture(autouse=True)
