@@ -1,1 +1,1 @@
-"""What the benchmarks and the fine-tuning job share: how to measure, compare and report."""
+"""The benchmarks and the fine-tuning job share these modules: to measure, to compare and to report."""

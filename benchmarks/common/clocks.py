@@ -1,4 +1,4 @@
-"""How one sample is taken: some phases one after another, each timed by the clock of its device.
+"""A sample is some phases one after another, each timed by the clock of its device.
 
 On a GPU a sample is many launches with one synchronisation, timed by CUDA events: without a synchronisation one times
 the launch, and with one per call it costs more than a small kernel.

@@ -1,4 +1,4 @@
-"""What a forward keeps for backward, and the peak memory of a fresh process."""
+"""Memory is measured in two ways: what a forward keeps for backward, and the peak of a fresh process."""
 
 from __future__ import annotations
 

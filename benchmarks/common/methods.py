@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixout_kernels import MixLinear, apply_mixout
+from mixout_kernels.draws import strides_of
 from mixout_kernels.functional import Mask
 
 Kind = Literal["dropout", "none", "plain", "mixout"]
@@ -48,11 +49,10 @@ class Method:
             apply_mixout(model, p=self.p, mask=self.mask)
 
 
-def plain_mixout(weight: Tensor, target: Tensor, p: float, mask: str, neuron_axis: int = 1) -> Tensor:
-    """``Phi = u + M * (w - u) / (1 - p)`` (Lee, Cho & Kang, ICLR 2020, eq. 4) of a 2-D weight."""
-    shape = list(weight.shape)
-    if mask == "neuron":
-        shape[1 - neuron_axis] = 1
+def plain_mixout(weight: Tensor, target: Tensor, p: float, mask: str, axis: int = 1) -> Tensor:
+    """``Phi = u + M * (w - u) / (1 - p)`` (Lee, Cho & Kang, ICLR 2020, eq. 4); ``axis`` is that of the inputs."""
+    strides = strides_of(mask, weight.shape, axis)
+    shape = [size if stride else 1 for size, stride in zip(weight.shape, strides, strict=True)]
     keep = torch.bernoulli(torch.full(shape, 1 - p, device=weight.device)).bool()
     return torch.where(keep, target + (weight - target) / (1 - p), target)
 
@@ -86,7 +86,7 @@ class PlainMixConv1D(nn.Module):
         self.register_buffer("target", target, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        phi = plain_mixout(self.weight, self.target, self.p, self.mask, neuron_axis=0) if self.training else self.weight
+        phi = plain_mixout(self.weight, self.target, self.p, self.mask, axis=0) if self.training else self.weight
         return F.linear(input, phi.t(), self.bias)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark finds: one row per variant, as a CSV and as entries of pytest-benchmark."""
+"""The result of a benchmark is a row per variant, written as a CSV and as entries of pytest-benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reference says of one layer, and the check of this package's layers against it."""
+"""The check of this package's layers against the reference."""
 
 from __future__ import annotations
 

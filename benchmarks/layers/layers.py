@@ -26,7 +26,7 @@ Call = Callable[[Operands], Tensor]
 
 
 class Mix(NamedTuple):
-    """How the weight is mixed, and its gradient masked."""
+    """The way in which a weight is mixed and its gradient masked."""
 
     mask: Mask
     p: float

@@ -1,4 +1,4 @@
-"""What a layer needs at least, and how fast this machine can be: the two sides of the roofline."""
+"""The two sides of the roofline: what a layer needs at least, and how fast this machine can be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+
+from mixout_kernels.draws import shares_columns, strides_of
 
 from .cases import DTYPES, Case
 from .layers import Layer
@@ -28,8 +30,9 @@ def work(case: Case, layer: Layer, mode: str) -> Work:
     m, k, n = case.rows, case.in_features, case.out_features
     mix = layer.mix
     # dw is zero outside the columns that a neuron mask keeps; where the target is zero they are all the layer has.
-    mixed = (1 - mix.p) * k if mix and mix.mask == "neuron" else k
-    kept = (1 - mix.grad_p) * mixed if mix and mix.mask == "neuron" else k
+    by_column = mix is not None and shares_columns(strides_of(mix.mask, (n, k)))
+    mixed = (1 - mix.p) * k if by_column else k
+    kept = (1 - mix.grad_p) * mixed if by_column else k
     used = mixed if mix and mix.target == "zero" else k
     weights = 2 if mix and mix.target == "pretrained" else 1
     size = case.dtype.itemsize
@@ -40,7 +43,7 @@ def work(case: Case, layer: Layer, mode: str) -> Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do at best, measured by the run itself before anything else."""
+    """The best rates of this machine, measured by the run itself before anything else."""
 
     bytes_per_second: float
     flops_per_second: dict[str, float]  # by dtype name

@@ -1,4 +1,4 @@
-"""What is trained: a model and its batch. Each by name, so that another process can make the same."""
+"""The models that are trained, with their batches. Each has a name, so that another process can make the same."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mixout_kernels.draws import KINDS as MASKS
 from mixout_kernels.functional import Mask
 
 from .settings import KINDS, Kind, Settings, Variant
@@ -40,7 +41,7 @@ def parse_settings(arguments: Sequence[str] | None) -> Settings:
     compared = parser.add_argument_group("what is compared")
     compared.add_argument("--variants", nargs="+", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (all)")
     compared.add_argument("--p", nargs="+", type=probability, help="mix probabilities (0.7 0.9); plain takes the first")
-    compared.add_argument("--mask", choices=("neuron", "weight"), help="of plain and mixout (neuron)")
+    compared.add_argument("--mask", choices=MASKS, help="of plain and mixout (neuron)")
     compared.add_argument("--restarts", type=count, metavar="N", help="(%(default)s; 20 in the paper)")
 
     training = parser.add_argument_group("training")

@@ -1,4 +1,4 @@
-"""What the command does, from its arguments to its exit code."""
+"""The command, from its arguments to its exit code."""
 
 from __future__ import annotations
 

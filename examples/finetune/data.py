@@ -120,7 +120,7 @@ def _rows(settings: Settings) -> tuple[list[Row], list[Row], str]:
 def _held_out(
     train: list[Row], test: list[Row], where: str, settings: Settings, train_size: int | None
 ) -> tuple[list[Row], list[Row], str]:
-    """For validation, rows of the training split take the place of the test split, which nobody then looks at."""
+    """Hold out rows of the training split for validation, in place of the test split, which nobody then looks at."""
     if settings.validate:
         train, test = split(train, len(test), settings.seed + 1)
     train = sample(train, train_size, settings.seed)

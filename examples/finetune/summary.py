@@ -1,4 +1,4 @@
-"""What the restarts of each variant come to."""
+"""The restarts of each variant, summed up."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ EVALUATION_BATCH = 64
 
 @dataclass
 class Result:
-    """What one variant gave in one restart."""
+    """The result of one variant in one restart."""
 
     variant: str
     restart: int

@@ -1,4 +1,4 @@
-"""What a sample consists of, on a stand-in for torch.cuda that notes what is asked of it."""
+"""The parts of a sample, on a stand-in for torch.cuda that notes what is asked of it."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""What all benchmarks stand on: verdicts, memory, rows and their report."""
+"""The common part of the benchmarks: verdicts, memory, rows and their report."""
 
 import csv
 import gc

@@ -25,11 +25,11 @@ def test_entries_are_kept_at_the_given_rate(p: float) -> None:
     assert abs(keep.double().mean() - (1 - p)) <= 6 * (p * (1 - p) / 60_000) ** 0.5
 
 
-@pytest.mark.parametrize("neuron_axis", [0, 1])
-def test_neuron_mask_is_one_decision_per_input_feature(neuron_axis: int) -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+def test_neuron_mask_is_one_decision_per_input_feature(axis: int) -> None:
     weight, target = torch.randn(2, 30, 40, dtype=torch.float64)
-    keep = keeps_and_drops(plain_mixout(weight, target, 0.5, "neuron", neuron_axis), weight, target, 0.5)
-    decisions = keep.movedim(neuron_axis, 0)
+    keep = keeps_and_drops(plain_mixout(weight, target, 0.5, "neuron", axis), weight, target, 0.5)
+    decisions = keep.movedim(axis, 0)
     assert (decisions == decisions[:, :1]).all()
     assert decisions.any()
     assert not decisions.all()

@@ -1,4 +1,4 @@
-"""With packages that the tests make, in a folder that pip takes for its index."""
+"""The cache of downloads, with packages that the tests make in a folder that pip takes for its index."""
 
 from __future__ import annotations
 
