@@ -3,7 +3,9 @@
 from . import reference
 from .backends import kernels
 from .convert import apply_mixout, remove_mixout
+from .fisher import fisher, top_entries
 from .functional import keep_mask, mix_linear, mixout
+from .guided import GuidedReport, apply_guided_dropout, guided_rates, layer_scores, remove_guided_dropout
 from .modules import MixConv1D, MixLinear
 from .report import Report
 from .sampler import MixSampler
@@ -13,18 +15,25 @@ from .targets import decay_to_target, targets_state_dict, track_targets
 __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_HEADS",
+    "GuidedReport",
     "MixConv1D",
     "MixLinear",
     "MixSampler",
     "Report",
+    "apply_guided_dropout",
     "apply_mixout",
     "decay_to_target",
+    "fisher",
+    "guided_rates",
     "keep_mask",
     "kernels",
+    "layer_scores",
     "mix_linear",
     "mixout",
     "reference",
+    "remove_guided_dropout",
     "remove_mixout",
     "targets_state_dict",
+    "top_entries",
     "track_targets",
 ]
