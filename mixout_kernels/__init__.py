@@ -3,10 +3,12 @@
 from . import reference
 from .backends import kernels
 from .convert import apply_mixout, remove_mixout
+from .divergence import symmetric_kl
 from .fisher import fisher, top_entries
 from .functional import keep_mask, mix_linear, mixout
 from .guided import GuidedReport, apply_guided_dropout, guided_rates, layer_scores, remove_guided_dropout
 from .modules import MixConv1D, MixLinear
+from .r3f import apply_r3f, r3f_loss
 from .report import Report
 from .sampler import MixSampler
 from .selection import DEFAULT_HEADS
@@ -22,6 +24,7 @@ __all__ = [
     "Report",
     "apply_guided_dropout",
     "apply_mixout",
+    "apply_r3f",
     "decay_to_target",
     "fisher",
     "guided_rates",
@@ -30,9 +33,11 @@ __all__ = [
     "layer_scores",
     "mix_linear",
     "mixout",
+    "r3f_loss",
     "reference",
     "remove_guided_dropout",
     "remove_mixout",
+    "symmetric_kl",
     "targets_state_dict",
     "top_entries",
     "track_targets",
