@@ -92,13 +92,11 @@ class Draw(NamedTuple):
 
     @property
     def threshold(self) -> int:
-        """A word of 32 bits at or above it keeps its entry; 2^32, which p = 1 gives, is above all of them."""
-        return math.floor(self.p * 2**32)
+        return threshold_of(self.p)
 
     @property
     def scale(self) -> float:
-        """1 / (1 - p), the factor of w - u in a kept entry; 0 where nothing is kept."""
-        return 1 / (1 - self.p) if self.p < 1 else 0.0
+        return scale_of(self.p)
 
     def at(self, p: float) -> Draw:
         """The same words against another threshold."""
@@ -116,6 +114,19 @@ class Draw(NamedTuple):
     def layout(self, shape: Shape) -> Layout:
         """These decisions over contiguous memory of this shape, for kernels that walk through a matrix."""
         return _layout(tuple(shape), self.strides)
+
+
+# Draw's properties as functions, for code that compilers trace: torch 2.8 cannot trace a property of a NamedTuple.
+
+
+def threshold_of(p: float) -> int:
+    """A word of 32 bits at or above it keeps its entry; 2^32, which p = 1 gives, is above all of them."""
+    return math.floor(p * 2**32)
+
+
+def scale_of(p: float) -> float:
+    """1 / (1 - p), the factor of w - u in a kept entry; 0 where nothing is kept."""
+    return 1 / (1 - p) if p < 1 else 0.0
 
 
 def shares_columns(strides: Strides) -> bool:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from . import backends, checks, ops, reference
 from .backends import MixedWeight, WeightGradient
-from .draws import Draw, GradientMask, column_capacity, strides_of
+from .draws import Draw, GradientMask, column_capacity, scale_of, shares_columns, strides_of
 
 Mask = Literal["neuron", "weight", "output", "layer"]
 Backend = Literal["reference", "cpu", "triton", "cuda"]
@@ -189,7 +189,7 @@ def mixout(
         return reference.mixed_weight(weight, target, None, draw, gradient, weight.dtype)
     if p == 0:
         target = None  # Phi is w, whatever the target; w * 1 is w bit for bit
-    return ops.mixout(weight, target, draw, draw.scale, gradient, chosen)
+    return ops.mixout(weight, target, draw, scale_of(draw.p), gradient, chosen)
 
 
 def keep_mask(
@@ -243,7 +243,7 @@ def _choose(
 
 def _saved_width(weight: Tensor, draw: Draw, q: float) -> int | None:
     """The columns of x[:, kept] that the operator is to return for backward; see ``backends.WeightGradient``."""
-    if q == 1 or not draw.by_column or not (torch.is_grad_enabled() and weight.requires_grad):
+    if q == 1 or not shares_columns(draw.strides) or not (torch.is_grad_enabled() and weight.requires_grad):
         return 0
     if weight.device.type == "cpu" and not torch.compiler.is_compiling():
         return None  # the host knows the mask, so it can save exactly the kept columns

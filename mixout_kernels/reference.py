@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draws import Draw, GradientMask, strides_of
+from .draws import Draw, GradientMask, scale_of, strides_of, threshold_of
 
 UINT32 = 0xFFFFFFFF
 
@@ -59,7 +59,7 @@ def decisions(draw: Draw, shape: Sequence[int]) -> Tensor:
         if stride:
             along = torch.arange(size, device=device) * stride
             index = index + along.reshape([-1 if other == d else 1 for other in range(len(shape))])
-    return keep_words(draw.seed, index) >= draw.threshold
+    return keep_words(draw.seed, index) >= threshold_of(draw.p)
 
 
 def keep_mask(
@@ -144,7 +144,7 @@ def mixed_weight(
     # where, not a product with the mask: a NaN or Inf in a dropped w must not reach the result. The inner where keeps
     # it out of the gradient too.
     difference = torch.where(keep, w, u) - u
-    return torch.where(keep, difference * draw.scale + u, u).to(dtype)
+    return torch.where(keep, difference * scale_of(draw.p) + u, u).to(dtype)
 
 
 class _MaskGradient(torch.autograd.Function):
