@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .checkpoints import Pretrained, Source
 from .modules import MixedLayer, frozen_copy
+from .optimizers import step_taken
 from .selection import Evidence, each_must_match, matches, own_patterns, patterns
 
 
@@ -173,12 +174,6 @@ def _check_not_sharded(name: str, layers: Iterable[MixedLayer]) -> None:
                 f"{name}: model: expected whole weights, got a {type(weight).__name__} {list(weight.shape)} with a "
                 f"target {list(target.shape)}: FSDP shards weights, but no targets"
             )
-
-
-def step_taken(optimizer: Optimizer) -> int | Tensor:
-    """1, or on the device 0 for a step that GradScaler let a fused optimizer skip: it calls step() all the same."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return 1 if found_inf is None else (found_inf == 0).to(torch.int64)  # counted once for each device that found one
 
 
 def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:

@@ -16,7 +16,8 @@ from benchmarks.step.report import draw, markdown
 from benchmarks.step.training import Captured, Training
 from benchmarks.step.variants import Variant, all_variants
 from benchmarks.step.workload import WORKLOADS, Workload
-from mixout_kernels import MixLinear, backends, sampler
+from mixout_kernels import MixLinear, backends
+from mixout_kernels.sampler import sampler
 
 MACHINE = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "0123456789ab"}
 SILENT = {"with_memory": False, "say": lambda text: None}

@@ -1,33 +1,28 @@
 """DistributedDataParallel over gloo, two processes: one seed for all ranks, or one each; targets are not broadcast."""
 
 import copy
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mixout_kernels as mk
 
 from . import models
+from .processes import RANKS, on_each_rank
 
-RANKS, STEPS = 2, 3
-
-
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    seen = {same: trained_rank(rank, same) for same in (True, False)}
-    torch.save(seen, f"{folder}/rank-{rank}.pt")
-    torch.save([sharded_rank(sampler_first) for sampler_first in (True, False)], f"{folder}/sharded-{rank}.pt")
-    dist.barrier()  # a rank that leaves early aborts the other
-    dist.destroy_process_group()
+STEPS = 3
 
 
-def trained_rank(rank, same_on_all_ranks):
+def trained_and_sharded(rank):
+    alone = [dist.new_group([other]) for other in range(RANKS)][rank]
+    trained = {same: trained_rank(rank, same, alone) for same in (True, False)}
+    return trained, [sharded_rank(sampler_first) for sampler_first in (True, False)]
+
+
+def trained_rank(rank, same_on_all_ranks, alone):
     """Trains, and gives what this rank saw."""
     model = models.with_mixout(models.attention_net())
     torch.manual_seed(100 + rank)  # ranks have generators of their own, as data loading wants them
@@ -41,9 +36,9 @@ def trained_rank(rank, same_on_all_ranks):
     for number in range(STEPS):
         x = models.random_input(RANKS * 4).chunk(RANKS)[rank]
         seen["seeds"].append(models.seeds_of(model))
-        alone = copy.deepcopy(model)
-        mk.MixSampler(alone, seed=sampler.state_dict()["seed"]).load_state_dict(sampler.state_dict())
-        seen["local"].append(models.run(alone, x).gradients)
+        copied = copy.deepcopy(model)
+        mk.MixSampler(copied, process_group=alone).load_state_dict(sampler.state_dict())
+        seen["local"].append(models.run(copied, x).gradients)
         seen["gradients"].append(models.run(model, x, parallel).gradients)
         optimizer.step()
         assert sampler.step == number + 1
@@ -95,23 +90,13 @@ def sharded_rank(sampler_first):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.start_processes(
-        worker, (str(folder),), nprocs=RANKS, join=False, start_method="spawn"
-    )
-    deadline = time.monotonic() + 120
-    while not context.join(timeout=deadline - time.monotonic()):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the two processes did not finish in 120 s")
-    return folder
+def found(tmp_path_factory):
+    return on_each_rank(trained_and_sharded, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
-def ranks(folder):
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
+def ranks(found):
+    return [trained for trained, _ in found]
 
 
 def test_all_ranks_have_the_same_masks_by_default(ranks):
@@ -141,20 +126,7 @@ def test_targets_are_not_broadcast(ranks):
     assert all(seen["kept_targets"] for rank in ranks for seen in rank.values())
 
 
-def test_shards_of_fsdp_train_as_the_whole_model(folder):
+def test_shards_of_fsdp_train_as_the_whole_model(found):
     """And no whole Phi undoes their saving."""
-    for rank in range(RANKS):
-        assert torch.load(folder / f"sharded-{rank}.pt") == [(True, 0)] * 2
-
-
-def test_one_given_seed_is_independent_by_rank(monkeypatch):
-    """Which masks a rank gets is a function of (seed, rank)."""
-
-    def seeds(rank):
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(dist, "get_rank", lambda: rank)
-        model = models.with_mixout(models.mlp())
-        mk.MixSampler(model, seed=7, same_on_all_ranks=False)
-        return models.seeds_of(model)
-
-    assert seeds(0) == seeds(0) != seeds(1) == seeds(1)
+    for _, sharded in found:
+        assert sharded == [(True, 0)] * 2

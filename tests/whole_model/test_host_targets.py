@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mixout_kernels as mk
-from mixout_kernels import host_memory
+from mixout_kernels.sampler import host_memory
 
 from . import models
 from .transformers_models import MODELS, inputs, make

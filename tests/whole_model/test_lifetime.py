@@ -60,7 +60,7 @@ def test_the_models_state_dict_is_the_plain_one():
 def followers():
     """How many samplers follow the optimizers."""
     gc.collect()  # those of the tests before
-    return len(mk.sampler._alive)
+    return len(mk.sampler.sampler._alive)
 
 
 def test_remove():
@@ -209,7 +209,8 @@ def test_a_state_of_something_else(state):
 def test_it_says_what_it_is():
     sampler = mk.MixSampler(models.with_mixout(models.attention_net()), seed=3, every=2)
     assert repr(sampler) == (
-        "MixSampler(5 layers, 3 masks, every=2, premix=None, host_targets=False, {'seed': 3, 'step': 0})"
+        "MixSampler(5 layers, 3 masks, every=2, premix=None, host_targets=False, same_on_all_ranks=True, "
+        "{'seed': 3, 'step': 0})"
     )
 
 

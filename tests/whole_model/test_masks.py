@@ -230,7 +230,7 @@ def test_layers_that_come_to_the_device_one_by_one():
     expected, y = models.seeds_of(model), x
     for layer in model:
         if isinstance(layer, mk.MixLinear):
-            layer.slot.seed = torch.empty(1, dtype=torch.int64, device="meta")  # as if it were still on the host
+            layer.slot.draw.seed = torch.empty(1, dtype=torch.int64, device="meta")  # as if it were still on the host
         y = layer(y)
     assert models.seeds_of(model) == expected
     y.sum().backward()

@@ -58,9 +58,9 @@ def saved_bytes(model, x):
 
 def activations_of(model, tensors):
     """These without the parameters, the targets and what is mixed ahead."""
-    slots = [layer.slot for layer in models.mixed_layers(model).values()]
-    mixed = [slot.mixed for slot in slots if getattr(slot, "mixed", None) is not None]
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *mixed)}
+    layers = models.mixed_layers(model).values()
+    made = [t for layer in layers for t in (layer.target, getattr(layer.slot, "mixed", None)) if t is not None]
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *made)}
     return [t for t in tensors if t.untyped_storage().data_ptr() not in known]
 
 
@@ -102,8 +102,8 @@ def test_siblings_cast_their_input_once_under_autocast(monkeypatch):
         seen.append(input)
         return sampled_linear(input, *arguments, **options)
 
-    sampled_linear = mk.sampler.sampled_linear
-    monkeypatch.setattr(mk.sampler, "sampled_linear", noted)
+    sampled_linear = mk.sampler.slot.sampled_linear
+    monkeypatch.setattr(mk.sampler.slot, "sampled_linear", noted)
 
     def gradient(dtype):
         leaf = x.detach().clone().requires_grad_()

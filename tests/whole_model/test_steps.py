@@ -124,22 +124,38 @@ def test_an_optimizer_within_an_optimizer_is_one_step(inner_holds):
     assert sampler.step == 5
 
 
-def test_one_computed_weight_among_parameters():
-    """Steps are counted by a Parameter, whichever layer comes first."""
-    model = models.with_mixout(models.mlp())
-    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Softsign())
-    sampler = mk.MixSampler(model, seed=1)
-    models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), models.random_input())
-    assert sampler.step == 1
-
-
-def test_weights_that_no_optimizer_can_hold():
-    """A parametrized weight is computed, and one under FSDP with use_orig_params=False a view of another Parameter."""
+def test_what_a_parametrization_computes_a_weight_from_counts_as_the_weight():
     model, x = models.with_mixout(models.mlp()), models.random_input()
     for layer in models.mixed_layers(model).values():
         torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softsign())
     sampler = mk.MixSampler(model, seed=1, premix=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(2):
+        before, seeds = model[0].weight.clone(), models.seeds_of(model)
+        models.step(model, optimizer, x)
+        assert (sampler.step, sampler.extra_bytes) == (step + 1, 0)
+        assert models.seeds_of(model) != seeds
+        assert not torch.equal(model[0].weight, before)
+
+
+def no_parameters(model):
+    """Weights as under FSDP with use_orig_params=False: views of one flat Parameter elsewhere."""
+    layers = models.mixed_layers(model).values()
+    flat = nn.Parameter(torch.cat([layer.weight.detach().flatten() for layer in layers]))
+    start = 0
+    for layer in layers:
+        shape = layer.weight.shape
+        del layer._parameters["weight"]
+        layer.weight = flat[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    return flat
+
+
+def test_weights_that_no_optimizer_can_hold():
+    model, x = models.with_mixout(models.mlp()), models.random_input()
+    flat = no_parameters(model)
+    sampler = mk.MixSampler(model, seed=1, premix=True)
+    optimizer = torch.optim.SGD([flat, model[0].bias], lr=0.05)
     seeds = models.seeds_of(model)
     models.run(model, x)
     with pytest.warns(UserWarning, match="no Parameters that it could hold .*Call advance"):
@@ -151,10 +167,6 @@ def test_weights_that_no_optimizer_can_hold():
     sampler.advance()
     assert (sampler.step, sampler.extra_bytes) == (1, 0)
     assert models.seeds_of(model) != seeds
-    before = model[0].weight.clone()
-    models.run(model, x)
-    optimizer.step()
-    assert not torch.equal(model[0].weight, before)
 
 
 def test_a_loop_without_an_optimizer_advances_by_hand():

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .modules import MixedLayer
+from ..modules import MixedLayer
 
 # A piece's copy must take longer than starting it (10 us against a millisecond at 50 GB/s), and two pieces lie on the
 # device at a time.
@@ -44,7 +44,7 @@ def to_device(layers: Sequence[MixedLayer]) -> None:
         layer.host_target = False
 
 
-def beside(weight: Tensor, target: Tensor | None) -> Tensor | None:
+def to_device_of(weight: Tensor, target: Tensor | None) -> Tensor | None:
     """The target on the weight's device: itself, or a copy."""
     return None if target is None else target.to(weight.device, non_blocking=True)
 

@@ -1,0 +1,16 @@
+"""The sampler in rooms. Calls go down only:
+
+sampler.py        MixSampler: its life, and what follows from a step
+  ranks.py        what the processes of a group agree on
+  slot.py         a layer's place: what its forward calls
+    steps.py      what counts as an optimizer step
+    siblings.py   what layers with the same input share
+    phi.py        Phi of all layers, its staleness, the launch
+      host_memory.py  targets in host memory
+      layers.py   a layer's weight, and its draw
+        seeds.py  the keys of all masks
+"""
+
+from .sampler import MixSampler
+
+__all__ = ["MixSampler"]

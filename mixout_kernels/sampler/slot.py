@@ -1,0 +1,99 @@
+"""A layer's place in a sampler: what its forward calls in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import MixedWeight
+from ..functional import compute_dtype, sampled_linear
+from ..modules import MixedLayer
+from . import host_memory
+from .layers import LayerDraw
+from .phi import MixedAhead, Phi
+from .seeds import Seeds
+from .siblings import SharedInput
+from .steps import Steps
+
+
+class Slot:
+    """Calls a layer with the sampler's draw, its Phi made ahead, and what a sibling made of the same input."""
+
+    def __init__(
+        self,
+        sampler: object,
+        layer: MixedLayer,
+        phi: Phi,
+        ahead: MixedAhead,
+        shared: SharedInput,
+        seeds: Seeds,
+        steps: Steps,
+    ) -> None:
+        self.sampler = sampler  # which lives as long as a layer is in it
+        self.layer = layer
+        self.phi = phi
+        self.shared = shared
+        self._ahead = ahead
+        self._seeds = seeds
+        self._steps = steps
+
+    @property
+    def draw(self) -> LayerDraw:
+        return self.phi.draw
+
+    @property
+    def seed(self) -> Tensor:
+        """The key of the layer's present mask: an int64 tensor with one element, written anew by every draw."""
+        return self.phi.draw.seed
+
+    @property
+    def mixed(self) -> Tensor | None:
+        """Phi ``[out, in]`` where it is mixed ahead."""
+        return self.phi.mixed
+
+    def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+        draw = self.phi.draw
+        # Compiled and transformed code cannot look at versions and addresses, so it could not tell that a Phi or an
+        # x[:, kept] has gone stale; and a replica of nn.DataParallel is on another device than they are. These mix and
+        # gather by themselves, with the same seed.
+        moved = draw.seed.device != weight.device
+        alone = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if alone or (moved and weight.device != self.layer.weight.device):
+            return self._alone(input, weight, target, bias)
+        if moved:
+            self._follow(weight.device)
+        if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
+            self._steps.note_forward(self.layer)
+        present, gradient = draw.now(weight.shape)
+        dtype = compute_dtype(input)
+        operand = self._ahead.operand(self.phi, dtype, present)
+        if self._ahead.host_targets:  # with Phi, or with the weight itself, neither pass needs the target
+            needless = operand is not None or present.p == 0
+            target = None if needless else host_memory.to_device_of(weight, target)
+        phi = MixedWeight(weight, target, operand, present)
+        if self.shared.siblings == 1 or input.is_inference():
+            return sampled_linear(input, phi, bias, gradient)[0]
+        cast = self.shared.cast_of(input, dtype)
+        kept = self.shared.kept_of(input, dtype, present, gradient.q, self._seeds.draws)
+        y, gathered = sampled_linear(cast, phi, bias, gradient, kept_input=kept)
+        if kept is None and gathered is not None and gathered.numel() > 0:
+            self.shared.put(input, dtype, cast, gathered, present, gradient.q, self._seeds.draws)
+        self.shared.called_by(self)
+        return y
+
+    def _alone(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+        draw, gradient = self.phi.draw.fresh(weight.shape, self.seed.to(weight.device))
+        target = host_memory.to_device_of(weight, target)
+        return sampled_linear(input, MixedWeight(weight, target, None, draw), bias, gradient)[0]
+
+    def _follow(self, device: torch.device) -> None:
+        self.phi.draw.follow(device)
+        self._seeds.keep(phi.draw.seed.device for phi in self._ahead.phis)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied layer has no sampler: nothing would advance the copy's masks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
