@@ -67,10 +67,14 @@ class Training:
         return self.gradients()
 
     @property
+    def targets(self) -> list[Tensor]:
+        """The frozen targets of mixed layers, each once."""
+        found = (getattr(module, "target", None) for module in self.model.modules())
+        return list({target.data_ptr(): target for target in found if target is not None}.values())
+
+    @property
     def target_bytes(self) -> int:
-        """The bytes of the frozen targets, each counted once."""
-        targets = {t.data_ptr(): t.nbytes for name, t in self.model.named_buffers() if name.endswith(".target")}
-        return sum(targets.values())
+        return sum(target.nbytes for target in self.targets)
 
     @property
     def mixed_bytes(self) -> int:
@@ -80,7 +84,7 @@ class Training:
     def saved_bytes(self) -> int:
         """Count what one forward keeps for backward; weights, targets and Phi aside."""
         mixed = [layer.slot.mixed for layer in self.model.modules() if getattr(layer, "slot", None) is not None]
-        known = [*self.model.parameters(), *self.model.buffers(), *(t for t in mixed if t is not None)]
+        known = [*self.model.parameters(), *self.model.buffers(), *self.targets, *(t for t in mixed if t is not None)]
         return memory.saved_bytes(self.loss, known)
 
 
