@@ -93,6 +93,9 @@ gpu: $(BUILT)  ## the whole test suite on the GPU of this machine
 	$(PY) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch finds no GPU here')"
 	$(PY) -m pytest tests $(ARGS)
 
+# What is tested on a GPU must have been built: without nvcc these two are an error.
+gpu sanitize: export MIXOUT_KERNELS_CUDA = 1
+
 sanitize: $(BUILT)  ## the CUDA tests under compute-sanitizer, on a GPU
 	sh tests/cuda/sanitize.sh $(PY)
 
