@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/mixout.h"
+#include "records.h"
 
 namespace py = pybind11;
 

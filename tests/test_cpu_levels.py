@@ -76,10 +76,11 @@ void mixes() {
 template <typename T, typename O>
 void columns() {
   std::vector<int64_t> kept(kColumns + 1);
-  const int64_t n = kept_columns(5, 2147483648u, kColumns, kept.data());
+  const int64_t n = kept_columns(5, 3, 2147483648u, kColumns, kept.data());
   const auto x = data<T>(3, kRows * kColumns);
   std::vector<O> gathered(kRows * (n + 3));
-  gather_columns(x.data(), kColumns, gathered.data(), n + 3, kept.data(), n, arithmetic_t<T>(1 / 0.3), kRows);
+  gather_columns(
+      x.data(), kColumns, gathered.data(), n + 3, n + 3, kept.data(), n, arithmetic_t<T>(1 / 0.3), kRows);
   print("gather ", gathered);
   const auto compact = data<O>(4, n * kRows);
   std::vector<T> dw(kRows * kColumns);
@@ -102,6 +103,17 @@ int main() {
       for (uint32_t word : words) std::printf(" %u", word);
       std::printf("\\n");
     }
+  for (uint64_t first : {0ull, (1ull << 33) + 4, (1ull << 40)})
+    for (uint64_t stride : {4ull, 1ull << 31}) {
+      std::vector<uint32_t> words(4 * 101);
+      mask_words_of_four_rows(0x123456789ABCDEFull, first, stride, 101, words.data());
+      for (int lane = 0; lane < 4; ++lane) {
+        const unsigned long long from = first + lane, step = stride;
+        std::printf("words %llu %llu", from, step);
+        for (int j = 0; j < 101; ++j) std::printf(" %u", words[101 * lane + j]);
+        std::printf("\\n");
+      }
+    }
   mixes<double, double, double>();
   mixes<float, float, float>();
   mixes<float, float, BFloat16>();
@@ -118,6 +130,9 @@ int main() {
   columns<Half, Half>();
 }
 """
+
+
+WORD_LINES = 5 * 3 + 3 * 2 * 4  # of mask_words, and of mask_words_of_four_rows
 
 
 def cpu_flags():
@@ -144,7 +159,7 @@ def outputs(compile_host):
 
 def test_every_level_gives_the_same_bits(outputs):
     assert "baseline" in outputs
-    assert len(outputs["baseline"]) == 15 + 8 * 6 + 6 * 3
+    assert len(outputs["baseline"]) == WORD_LINES + 8 * 6 + 6 * 3
     for level, lines in outputs.items():
         assert lines == outputs["baseline"], level
 
@@ -152,7 +167,7 @@ def test_every_level_gives_the_same_bits(outputs):
 def test_words_for_large_indices_and_strides_are_the_reference_s(outputs):
     """A transposed weight mask steps through the indices by its row length: beyond 2^31 too."""
     seed = torch.tensor([0x123456789ABCDEF])
-    for line in outputs["baseline"][:15]:
+    for line in outputs["baseline"][:WORD_LINES]:
         name, first, stride, *words = line.split()
         assert name == "words"
         index = int(first) + int(stride) * torch.arange(101)

@@ -211,7 +211,7 @@ def test_without_avx_512_the_cpu_backend_is_staged(case, monkeypatch):
         pytest.skip("NO AVX-512 HERE: every other test shows it")
     x, w, options = torch.randn(64, 300), torch.randn(70, 300), {"p": 0.5, "seed": 1, "mask": "weight"}
     fused, staged = (mk.mix_linear(x, w, None, **options, schedule=name) for name in ("fused", "staged"))
-    monkeypatch.setattr(backends.load("cpu")._C, "cpu_product_available", lambda: False)
+    monkeypatch.setattr(backends.load("cpu"), "_HAS_PRODUCT", False)
     choice._reason_against.cache_clear()
     with pytest.raises(RuntimeError, match=r"but for torch.float32 it has the schedules staged here, got schedule='fu"):
         linear(backend="cpu", schedule="fused")

@@ -142,8 +142,9 @@ def test_no_seed_draws_from_the_default_generator(device, mask):
     w = torch.randn(40, 50, device=device)
     x = torch.randn(3, 50, device=device)
 
-    def draw():
-        return mk.mixout(w, None, p=0.5, mask=mask), mk.mix_linear(x, w, None, p=0.5, mask=mask)
+    def draw():  # sixteen, since one decision for the whole layer is often the same twice
+        mixed = [mk.mixout(w, None, p=0.5, mask=mask) for _ in range(16)]
+        return torch.stack(mixed), torch.stack([mk.mix_linear(x, w, None, p=0.5, mask=mask) for _ in range(16)])
 
     torch.manual_seed(8)
     first, second = draw(), draw()

@@ -152,3 +152,33 @@ def test_fused_products_allocate_their_results_alone(case, mask, target, transpo
     assert large(lambda: mk.mix_linear(problem.x, problem.w, problem.u, problem.b, **options)) == [y.nbytes]
     backward = large(lambda: torch.autograd.grad(y, problem.x, problem.g))
     assert backward == [problem.x.nbytes]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("mask", ["neuron", "weight", "output", "layer"])
+def test_a_masked_gradient_of_the_plain_weight_allocates_its_results_alone(case, mask, transposed):
+    """At p = 0 the products read w itself: nothing is mixed, and nothing of the weight's size is made but dw."""
+    if case.backend != "cpu":
+        pytest.skip("the CPU allocator is what the profiler sees here")
+    problem = budget.random_problem((4,), 400, 300, p=0.0, mask=mask, transposed=transposed)
+    for leaf in (problem.x, problem.w):
+        leaf.requires_grad_()
+    seed = torch.tensor([5])
+
+    def large(run):
+        return [size for size in allocations(run) if size > problem.w.nbytes / 4]
+
+    for schedule in case.schedules():
+        options = {"p": 0.0, "grad_p": 0.5, "mask": mask, "seed": seed, "backend": "cpu", "schedule": schedule}
+
+        def forward(options=options):
+            return mk.mix_linear(problem.x, problem.w, None, problem.b, **options)
+
+        y = forward()  # and what the product allocates once and for all
+        torch.autograd.grad(y, (problem.x, problem.w), problem.g)
+        assert large(forward) == []
+        y = forward()
+        # dw itself; where it is scattered, the product of the kept half of the columns comes before it.
+        backward = large(lambda y=y: torch.autograd.grad(y, (problem.x, problem.w), problem.g))
+        kept = int(mk.keep_mask(seed, p=0.5, shape=problem.w.shape, mask=mask).sum()) if mask == "neuron" else 0
+        assert sorted(backward) == sorted([problem.w.nbytes, *[kept * 300 * 4] * (kept > 0)])

@@ -37,6 +37,11 @@ int main() {
       uint64_t seed, i;
       std::cin >> seed >> i;
       std::cout << mixout::mask_word(seed, i);
+    } else if (what == "index") {
+      int64_t offset, row, column, r, c;
+      std::cin >> offset >> row >> column >> r >> c;
+      const mixout::Strides strides{offset, row, column};
+      std::cout << strides.index(r, c) << ' ' << strides.transposed().index(c, r);
     } else {
       double p;
       std::cin >> p;
@@ -117,3 +122,12 @@ def test_words_beyond_2_31_elements(host, seed):
 )
 def test_threshold(host, p):
     assert host([f"threshold {p!r}"]) == [[math.floor(p * 2**32)]]
+
+
+@pytest.mark.parametrize("strides", [(0, 0, 1), (7, 1, 0), (0, 0, 0), (5, 2**31 + 3, 1), (2**40, 1, 2**33)], ids=str)
+def test_index_of_an_element(host, strides):
+    """offset + r * row + c * column in 64 bits, and the same of the transpose."""
+    offset, row, column = strides
+    places = [(0, 0), (1, 2), (30000, 70000), (2**20, 2**21)]
+    expected = [[offset + r * row + c * column] * 2 for r, c in places]
+    assert host([f"index {offset} {row} {column} {r} {c}" for r, c in places]) == expected

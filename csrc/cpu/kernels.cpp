@@ -21,6 +21,16 @@ MIXOUT_CLONES void strided_words(uint64_t seed, uint64_t first, uint64_t stride,
   for (int64_t j = 0; j < n; ++j) words[j] = mask_word(seed, first + j * stride);
 }
 
+MIXOUT_CLONES void four_rows(
+    uint64_t seed, uint64_t first_block, uint64_t stride, int64_t n, uint32_t* w0, uint32_t* w1, uint32_t* w2,
+    uint32_t* w3) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    const Philox4x32 r = philox4x32_10(seed, first_block + j * stride);
+    w0[j] = r.word[0], w1[j] = r.word[1], w2[j] = r.word[2], w3[j] = r.word[3];
+  }
+}
+
 }  // namespace
 
 void mask_words(uint64_t seed, uint64_t first, uint64_t stride, int64_t n, uint32_t* words) {
@@ -32,9 +42,13 @@ void mask_words(uint64_t seed, uint64_t first, uint64_t stride, int64_t n, uint3
   strided_words(seed, first + done, 1, n - done, words + done);
 }
 
-int64_t kept_columns(uint64_t seed, uint32_t threshold, int64_t n, int64_t* columns) {
+void mask_words_of_four_rows(uint64_t seed, uint64_t first, uint64_t stride, int64_t n, uint32_t* words) {
+  four_rows(seed, first / 4, stride / 4, n, words, words + n, words + 2 * n, words + 3 * n);
+}
+
+int64_t kept_columns(uint64_t seed, uint64_t first, uint32_t threshold, int64_t n, int64_t* columns) {
   std::vector<uint32_t> words(n);
-  mask_words(seed, 0, 1, n, words.data());
+  mask_words(seed, first, 1, n, words.data());
   int64_t kept = 0;
   for (int64_t j = 0; j < n; ++j) {
     columns[kept] = j;  // without a branch: the mask is random, so every second branch would be mispredicted
@@ -77,9 +91,9 @@ MIXOUT_CLONES void mix_run(const W* w, const U* u, O* out, bool keep, arithmetic
 
 template <typename T, typename O>
 MIXOUT_CLONES void gather_columns(
-    const T* x, int64_t ldx, O* out, int64_t width, const int64_t* columns, int64_t n, arithmetic_t<T> scale,
-    int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r, x += ldx, out += width) {
+    const T* x, int64_t ldx, O* out, int64_t ldo, int64_t width, const int64_t* columns, int64_t n,
+    arithmetic_t<T> scale, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r, x += ldx, out += ldo) {
     if (std::is_same_v<T, O> && scale == 1)  // a half-precision value would be converted there and back
       for (int64_t c = 0; c < n; ++c) out[c] = static_cast<O>(x[columns[c]]);
     else
@@ -118,7 +132,7 @@ void scatter_columns_transposed(
   template void mix_run<W, U, O>(const W*, const U*, O*, bool, arithmetic_t<W>, int64_t);
 #define MIXOUT_INSTANTIATE_COLUMNS(T, O)                                                                           \
   template void gather_columns<T, O>(                                                                              \
-      const T*, int64_t, O*, int64_t, const int64_t*, int64_t, arithmetic_t<T>, int64_t);                          \
+      const T*, int64_t, O*, int64_t, int64_t, const int64_t*, int64_t, arithmetic_t<T>, int64_t);                 \
   template void scatter_columns_transposed<O, T>(                                                                  \
       const O*, int64_t, T*, int64_t, const int64_t*, int64_t, arithmetic_t<O>, int64_t);
 

@@ -38,8 +38,12 @@ using arithmetic_t = typename arithmetic<T>::type;
 // words[j] = word(seed, first + j * stride), j < n.
 void mask_words(uint64_t seed, uint64_t first, uint64_t stride, int64_t n, uint32_t* words);
 
-// The columns j < n with word(seed, j) >= threshold, ascending; returns how many. `columns` has room for n + 1.
-int64_t kept_columns(uint64_t seed, uint32_t threshold, int64_t n, int64_t* columns);
+// words[lane * n + j] = word(seed, first + lane + j * stride) for lane < 4 and j < n, by one Philox block for each j.
+// `first` and `stride` are multiples of 4.
+void mask_words_of_four_rows(uint64_t seed, uint64_t first, uint64_t stride, int64_t n, uint32_t* words);
+
+// The columns j < n with word(seed, first + j) >= threshold, ascending; returns how many. `columns` has room for n + 1.
+int64_t kept_columns(uint64_t seed, uint64_t first, uint32_t threshold, int64_t n, int64_t* columns);
 
 // out[i] = mix(words[i] >= threshold, w[i], u[i], scale) for i < n. u = nullptr is zero; out may be w.
 template <typename W, typename U, typename O>
@@ -50,11 +54,11 @@ void mix_by_words(
 template <typename W, typename U, typename O>
 void mix_run(const W* w, const U* u, O* out, bool keep, arithmetic_t<W> scale, int64_t n);
 
-// out[r, c] = scale * x[r, columns[c]] for c < n, zero for n <= c < width. Row strides: ldx, width.
+// out[r, c] = scale * x[r, columns[c]] for c < n, zero for n <= c < width. Row strides: ldx, ldo.
 template <typename T, typename O>
 void gather_columns(
-    const T* x, int64_t ldx, O* out, int64_t width, const int64_t* columns, int64_t n, arithmetic_t<T> scale,
-    int64_t rows);
+    const T* x, int64_t ldx, O* out, int64_t ldo, int64_t width, const int64_t* columns, int64_t n,
+    arithmetic_t<T> scale, int64_t rows);
 
 // dx[r, columns[c]] = compact[r, c] for c < n, every other entry of dx zero. Row strides: n, width.
 template <typename T>

@@ -1,5 +1,5 @@
 // The blocked product of Goto & van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008): a block of b is
-// packed so that it stays in L2, a tile of a in L1, and a tile of c in registers. Packing is where Phi comes to be.
+// packed so that it stays in L2, a tile of a in L1, and a tile of c in registers. Phi is formed while packing.
 #include "product.h"
 
 #include <algorithm>
@@ -147,14 +147,13 @@ struct Panels {
 
 Panels packed_right(const RightHand& b, const Block& depth, const Block& columns, Scratch& scratch) {
   if (!b.transposed) {
-    for (int64_t k = 0; k < depth.size; ++k)
-      b.rows.write(depth.first + k, columns.first, columns.size, scratch.right + k * kColumns);
+    b.rows.write(depth.first, depth.size, columns.first, columns.size, scratch.right, kColumns);
     return {scratch.right, kTileColumns, kColumns};
   }
   for (int64_t j = 0; j < columns.size; j += kTileColumns) {
     // What lies beyond the matrix is turned too, and then masked out of the product.
-    for (int64_t c = 0; c < std::min(kTileColumns, columns.size - j); ++c)
-      b.rows.write(columns.first + j + c, depth.first, depth.size, scratch.rows + c * kDepthStride);
+    const int64_t panel_columns = std::min(kTileColumns, columns.size - j);
+    b.rows.write(columns.first + j, panel_columns, depth.first, depth.size, scratch.rows, kDepthStride);
     float* panel = scratch.right + j * kDepth;
     for (int64_t k = 0; k < depth.size; k += 16)
       for (int64_t c = 0; c < kTileColumns; c += 16)

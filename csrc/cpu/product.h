@@ -8,8 +8,8 @@ namespace mixout::cpu {
 // A float32 matrix that need not exist in memory. Called from several threads.
 struct Rows {
   virtual ~Rows() = default;
-  // out[c] = element [row, first + c] for c < n.
-  virtual void write(int64_t row, int64_t first, int64_t n, float* out) const = 0;
+  // out[r * ld + c] = element [row + r, column + c] for r < rows and c < columns.
+  virtual void write(int64_t row, int64_t rows, int64_t column, int64_t columns, float* out, int64_t ld) const = 0;
 };
 
 // Whether this CPU and this build can multiply: the inner loop is written for AVX-512.

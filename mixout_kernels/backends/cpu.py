@@ -19,19 +19,11 @@ from .contract import MixedWeight, WeightGradient
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
+_HAS_PRODUCT = _C is not None and _C.cpu_product_available()
 
 
 def unavailable_reason() -> str | None:
     return _extension.load()[1] or None
-
-
-def schedules(compute: torch.dtype) -> tuple[str, ...]:
-    fused = compute == torch.float32 and _C.cpu_product_available()
-    return ("fused", "staged") if fused else ("staged",)
-
-
-def premixing_pays(compute: torch.dtype) -> bool:
-    return "fused" not in schedules(compute)
 
 
 def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, compute: torch.dtype) -> str | None:
@@ -46,27 +38,20 @@ def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, co
     return None
 
 
+def schedules(compute: torch.dtype) -> tuple[str, ...]:
+    return ("fused", "staged") if compute == torch.float32 and _HAS_PRODUCT else ("staged",)
+
+
+def premixing_pays(compute: torch.dtype) -> bool:
+    return "fused" not in schedules(compute)
+
+
 def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
-    return _C.cpu_keep_mask(draw.seed, draw.p, max(1, _numel(shape))).view(*shape)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
-
-
-def _per_weight(draw: Draw) -> bool:
-    if draw.by_column or (len(draw.strides) > 2 and draw.strides[0] == 0):
-        return False
-    if draw.strides[0] == 0 or draw.strides[-1] == 0:
-        raise NotImplementedError(draw.strides)
-    return True
+    return _C.cpu_keep_mask(draw, draw.layout(shape)).view(tuple(shape))
 
 
 def mixout(weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
-    return _C.cpu_mixout(weight, target, draw.seed, draw.p, factor, _per_weight(draw))
+    return _C.cpu_mixout(weight, target, draw, draw.layout(weight.shape), factor)
 
 
 def mixout_list(
@@ -75,26 +60,13 @@ def mixout_list(
     targets: Sequence[Tensor | None],
     draws: Sequence[Draw],
 ) -> None:
-    for out, weight, target, draw in zip(outs, weights, targets, draws, strict=True):
-        _C.cpu_mixout_list([out], [weight], [target], draw.seed, draw.p, _per_weight(draw))
-
-
-def _operand(phi: MixedWeight, q: float, dtype: torch.dtype) -> Tensor | None:
-    if phi.operand is not None or phi.draw.p == q:
-        return phi.operand
-    out = torch.empty_like(phi.weight, dtype=dtype)
-    mixout_list([out], [phi.weight], [phi.target], [phi.draw])
-    return out
+    _C.cpu_mixout_list(outs, weights, targets, draws)
 
 
 def mix_linear(
     input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
-    mixed, draw = _operand(phi, gradient.draw.p, input.dtype), gradient.draw
-    fused = _is_fused(schedule, input.dtype)
-    return _C.cpu_mix_linear(
-        input, phi.weight, phi.target, bias, draw.seed, draw.p, _per_weight(draw), gradient.width, mixed, fused
-    )
+    return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input.dtype))
 
 
 def mix_linear_backward(
@@ -105,12 +77,9 @@ def mix_linear_backward(
     needs: tuple[bool, bool, bool],
     schedule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mixed, draw = _operand(phi, gradient.draw.p, grad.dtype), gradient.draw
-    return _C.cpu_mix_linear_backward(
-        grad, saved_input, phi.weight, phi.target, draw.seed, draw.p, gradient.scale, _per_weight(draw), needs, mixed,
-        _is_fused(schedule, grad.dtype),
-    )  # fmt: skip
+    fused = _is_fused(schedule, grad.dtype)
+    return _C.cpu_mix_linear_backward(grad, saved_input, phi, gradient, needs, fused)
 
 
 def _is_fused(schedule: str, compute: torch.dtype) -> bool:
-    return schedule != "staged" and "fused" in schedules(compute)
+    return schedule != "staged" and compute == torch.float32 and _HAS_PRODUCT
