@@ -5,6 +5,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "cpu/autograd.h"
 #include "cpu/kernels.h"
 #include "cpu/mixout.h"
 #include "records.h"
@@ -51,5 +52,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_mixout", &cpu::mixout, release_gil);
   module.def("cpu_mixout_list", &cpu::mixout_list, release_gil);
   module.def("cpu_mix_linear", &cpu::mix_linear, release_gil);
+  module.def("cpu_recorded_linear", &cpu::recorded_linear, release_gil);
   module.def("cpu_mix_linear_backward", &cpu::mix_linear_backward, release_gil);
 }

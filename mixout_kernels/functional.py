@@ -113,7 +113,7 @@ def sampled_linear(
     dtype = compute_dtype(input)
     if input.dtype != dtype:
         input = input.to(dtype)
-    if bias is not None:
+    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
         bias = bias.to(dtype).contiguous()  # a fused GEMM reads it by its address
     weight, target, operand, draw = phi
     backend, schedule = backends.selected(backend, schedule)

@@ -132,12 +132,18 @@ def mix_linear(
     """y and x[:, kept]; through the operator where something traces or intercepts operators, else past it.
 
     Forward and backward of a 2 x 4 x 4 layer took 212 us through the registered operator with its generated autograd
-    kernel, 112 us this way and 46 us for F.linear (torch 2.13, one Zen 4 core): with the 144 layers of BERT-large
-    that is a large part of a training step on a GPU.
+    kernel, 112 us through :class:`MixLinearFunction` and 46 us for F.linear (torch 2.13, one Zen 4 core): with the 144
+    layers of BERT-large that is a large part of a training step on a GPU. Where a backend records the layer in C++,
+    docs/performance.md has what is left.
     """
     weight, target, operand, (seed, p, strides, offset) = phi
+    intercepted = _is_intercepted(input, weight)
+    if torch.is_grad_enabled() and not intercepted:
+        recorded = backends.load(backend).recorded_linear(input, phi, bias, kept_input, gradient, schedule)
+        if recorded is not None:
+            return recorded
     settings = Settings(p, strides, offset, gradient.draw.p, gradient.scale, gradient.width, backend, schedule)
-    if _is_intercepted(input, weight):
+    if intercepted:
         return mix_linear_op(input, weight, target, bias, operand, kept_input, seed, *settings)
     if torch.is_grad_enabled():
         return MixLinearFunction.apply(input, weight, target, bias, operand, kept_input, seed, settings)
@@ -194,7 +200,7 @@ def _backward(
 
 
 class MixLinearFunction(torch.autograd.Function):
-    """Forward and backward without the dispatcher."""
+    """Forward and backward without the dispatcher, for backends that do not record the layer themselves."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

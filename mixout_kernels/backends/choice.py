@@ -95,6 +95,8 @@ def selected(backend: str | None, schedule: str | None) -> Choice:
         _check_the_thread_agrees()
     else:
         present = getattr(_thread, "choice", _FREE)
+    if backend is None and schedule is None:
+        return present
     return Choice(backend or present.backend, schedule or present.schedule)
 
 

@@ -84,6 +84,20 @@ class Backend(Protocol):
         ``ReLU(inplace=True)``, on a view that a Function returns.
         """
 
+    def recorded_linear(
+        self,
+        input: Tensor,
+        phi: MixedWeight,
+        bias: Tensor | None,
+        kept_input: Tensor | None,
+        gradient: WeightGradient,
+        schedule: str,
+    ) -> tuple[Tensor, Tensor] | None:
+        """``mix_linear`` as autograd records it, or None where that is left to ``ops.MixLinearFunction``.
+
+        ``kept_input`` is the x[:, kept] that a sibling has gathered; ``gradient.width`` is then that of it.
+        """
+
     def mix_linear_backward(
         self,
         grad: Tensor,

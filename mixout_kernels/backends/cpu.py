@@ -69,6 +69,17 @@ def mix_linear(
     return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input.dtype))
 
 
+def recorded_linear(
+    input: Tensor,
+    phi: MixedWeight,
+    bias: Tensor | None,
+    kept_input: Tensor | None,
+    gradient: WeightGradient,
+    schedule: str,
+) -> tuple[Tensor, Tensor]:
+    return _C.cpu_recorded_linear(input, phi, bias, kept_input, gradient, _is_fused(schedule, input.dtype))
+
+
 def mix_linear_backward(
     grad: Tensor,
     saved_input: Tensor,

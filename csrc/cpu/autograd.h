@@ -1,0 +1,18 @@
+// The linear layer as autograd records it.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "draw.h"
+
+namespace mixout::cpu {
+
+// y and x[:, kept], with the derivatives of x, w and b. What mixout_kernels/ops.py does in MixLinearFunction, which is the
+// reference of this: here it takes a fifth of the host's time. `kept_input`: x[:, kept] where a sibling has gathered it.
+std::tuple<Tensor, Tensor> recorded_linear(
+    const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& kept_input, const WeightGradient& gradient, bool fused);
+
+}  // namespace mixout::cpu
