@@ -252,8 +252,7 @@ def select(
     layers = linear_layers(model)
     if layers:
         each_must_match(function, "include", included or (), layers)
-        modules = (name for name, _ in model.named_modules(remove_duplicate=False) if name)
-        each_must_match(function, "exclude", own_patterns(excluded), modules, "module")
+        each_must_match(function, "exclude", own_patterns(excluded), layers)
     rates.each_must_apply(layers)
 
     names_of: dict[int, list[str]] = {}
