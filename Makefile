@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda test-torch lint format dist docs finetune bench bench-step picture codegen gpu
+.PHONY: help test test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench bench-step picture codegen gpu
 .PHONY: sanitize clean
 .DEFAULT_GOAL := help
 
@@ -49,6 +49,9 @@ test-triton: $(BUILT)  ## the Triton kernels: executed by the interpreter, and c
 
 test-cuda: $(BUILT)  ## the CUDA kernels: executed on the host, and compiled for GPUs that need not be there
 	$(PY) -m pytest tests/cuda $(ARGS)
+
+test-zoo: $(BUILT)  ## apply_mixout on every model class of transformers that a small config can be made for
+	MIXOUT_KERNELS_ZOO=1 $(PY) -m pytest tests/test_convert_zoo.py $(ARGS)
 
 test-torch:  ## the core suite beside another torch, in an environment of its own: make test-torch TORCH=2.8.0
 	@test -n "$(TORCH)" || { echo "make test-torch: which torch? TORCH=$(OLDEST_TORCH) or TORCH=$(NEWEST_TORCH), say"; exit 1; }

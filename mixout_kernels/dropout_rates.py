@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -124,7 +125,7 @@ def _read_from_config(cls: type[nn.Module], config: Any) -> Iterator[str]:
     seen = set()
     for base in cls.__mro__:
         for method in vars(base).values():
-            code = getattr(method, "__code__", None)
+            code = getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None)
             if not isinstance(code, types.CodeType) or code.co_name == "__init__":
                 continue
             if "config" not in code.co_names or "training" not in code.co_names:

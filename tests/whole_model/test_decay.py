@@ -327,3 +327,91 @@ def test_nothing_to_track():
     for model in (Net(), nn.Sequential(mk.MixLinear(4, 4, p=0.5))):
         with pytest.raises(ValueError, match="track_targets: model: expected one with mixout layers that have"):
             mk.track_targets(torch.optim.SGD(model.parameters(), lr=0.1), model, 0.5)
+
+
+def test_a_schedule_of_decay_gets_the_steps_taken_before():
+    model = Net()
+    pretrained = model.body.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    seen = []
+
+    def decay(step):
+        seen.append(step)
+        return 0.1 * step
+
+    mk.decay_to_target(optimizer, model, decay)
+    with torch.no_grad():
+        model.body.weight.add_(1)
+    for step in range(3):
+        before = model.body.weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert_lerp(model.body.weight.detach(), before, pretrained, 0.5 * 0.1 * step)
+    assert seen == [0, 1, 2]
+
+
+def test_a_schedule_that_gives_no_decay():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, lambda step: -1.0)
+    with pytest.raises(ValueError, match=r"decay_to_target: decay: expected a number >= 0, .*got -1\.0"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mixout", [True, False], ids=["mixout", "plain"])
+def test_a_resumed_run_is_pulled_to_the_pretrained_weights(mixout):
+    """The model holds the weights of a training checkpoint; biases and norms have their pretrained values elsewhere."""
+    model = Net()
+    pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    del pretrained["classifier.weight"], pretrained["classifier.bias"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    if mixout:
+        mk.apply_mixout(model, p=0.5, targets=pretrained)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY, targets=pretrained)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if name in pretrained:
+            assert_lerp(parameter.detach(), before[name], pretrained[name], 0.5 * DECAY)
+        else:
+            assert torch.equal(parameter, before[name])
+
+
+def test_new_parameters_by_the_loaders_marks_are_not_pulled():
+    model = Net()
+    model.body.weight._is_hf_initialized = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert pulled(model, optimizer, mk.decay_to_target(optimizer, model, DECAY)) == {"body.weight"}
+
+
+def test_a_typo_in_exclude():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"decay_to_target: exclude: expected patterns that match a para.*'nrom'"):
+        mk.decay_to_target(optimizer, model, DECAY, exclude=["nrom"])
+
+
+def test_moved_targets_are_saved_and_given_back():
+    """A checkpoint of the model holds none; targets_state_dict does, under the names of the weights."""
+    model = Net()
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.track_targets(optimizer, model, 0.5)
+    models.run(model, models.random_input())
+    optimizer.step()
+    state = copy.deepcopy((model.state_dict(), mk.targets_state_dict(model)))
+    assert state[1].keys() == {"body.weight"}
+
+    resumed = Net()
+    resumed.load_state_dict(state[0])
+    mk.apply_mixout(resumed, p=0.5, targets=state[1])
+    assert torch.equal(resumed.body.target, model.body.target)
+    assert not torch.equal(resumed.body.target, Net().body.weight)
+    with pytest.raises(ValueError, match="targets_state_dict: model: expected one with mixout layers that have a targ"):
+        mk.targets_state_dict(Net())
