@@ -1,11 +1,11 @@
 """Triton kernels for NVIDIA GPUs; with TRITON_INTERPRET=1 they run, slowly and exactly, on CPU tensors.
 
-mask.py              the keep decisions, regenerated from the seed
+mask.py              the decisions of a draw, regenerated from its seed, and the patterns that kernels are compiled for
 mix.py, mix_list.py  Phi in one pass, for one weight and for many
 columns.py           the kept columns gathered to a fixed width, and scattered back
-fused_linear.py      y and dx with the mask and the mix inside the product
+fused_linear.py      y and dx with the mask and the mix inside the GEMM
 weight_gradient.py   dw and db for the same schedule
-linear.py            the two schedules put together
+primitives.py        all of these, as ``gpu_linear`` takes them; linear.py hands them over
 launch.py            what every launch needs to know of the device
 """
 

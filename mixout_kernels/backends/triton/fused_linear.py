@@ -1,9 +1,10 @@
-"""y = x Phi^T + b and dx = g Phi in one launch: mask, mix and product in one kernel, Phi only ever in registers.
+"""y = x Phi^T + b and dx = g Phi in one launch: mask, mix and GEMM in one kernel, Phi only ever in registers.
 
 Both are the product  result[m, o] = sum_r Phi[o, r] x[m, r]  with Phi indexed [output, reduced]: forward reduces over
-the input features, backward over the output features, and only strides and the axis of the mask differ. It is computed
-transposed, Phi tile times x tile, because the left operand of a warpgroup product may lie in registers, where the mix
-leaves it, and because its shape suits few rows: the weight fills the 64 rows of the instruction, x as few as 8 columns.
+the input features, backward over the output features, so that backward takes the transposed weight and its transposed
+draw. It is computed transposed, Phi tile times x tile, because the left operand of a warpgroup product may lie in
+registers, where the mix leaves it, and because its shape suits few rows: the weight fills the 64 rows of the
+instruction, x as few as 8 columns.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...draws import Draw
 from . import columns
-from .launch import float32_precision, launch, shared_memory
-from .mask import keep_line, threshold_argument
-from .mix import keep_tile, mix
+from .launch import MOST_REGISTERS_OF_A_GEMM, float32_precision, launch, shared_memory
+from .mask import Placement, as_bound, keep_tile, threshold_argument
+from .mix import mix
 
 
 @triton.jit
 def _mixed_product(
-    x_ptr, w_ptr, u_ptr, bias_ptr, result_ptr, seed, threshold, scale, tile, rows, outputs, reduced,
-    stride_xm, stride_wo, stride_wr, stride_uo, stride_ur,
-    PER_WEIGHT: tl.constexpr, FEATURES_REDUCED: tl.constexpr, GROUPED: tl.constexpr,
-    HAS_TARGET: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, u_ptr, bias_ptr, result_ptr, seed, bound, placement, scale, tile, rows, outputs, reduced,
+    stride_xm, w_strides, u_strides,
+    PATTERN: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share a tile of w and u, the larger operands, and find it in the L2 cache.
@@ -37,24 +38,22 @@ def _mixed_product(
     m_inside = (m < rows)[None, :]
     o_inside = (o < outputs)[:, None]
     x_row = x_ptr + m[None, :] * stride_xm
-    w_row = w_ptr + o[:, None] * stride_wo
-    u_row = u_ptr + o[:, None] * stride_uo
+    w_row = w_ptr + o[:, None] * w_strides[0]
+    u_row = u_ptr + o[:, None] * u_strides[0]
     total = tl.zeros((BO, BM), tl.float32)
-    if not PER_WEIGHT and not FEATURES_REDUCED:
-        keep = keep_line(seed, threshold, first_o, BO)[:, None]
+    if PATTERN.column_stride == 0:  # one decision for all that is reduced
+        keep = keep_tile(seed, bound, placement, first_o, 0, PATTERN, BO, BR)
     for first_r in range(0, reduced, BR):
         r = (first_r + tl.arange(0, BR)).to(tl.int64)
         r_inside = r < reduced
         x = tl.load(x_row + r[:, None], mask=r_inside[:, None] & m_inside, other=0.0)  # [BR, BM]
         inside = o_inside & r_inside[None, :]
-        w = tl.load(w_row + r[None, :] * stride_wr, mask=inside, other=0.0).to(tl.float32)  # [BO, BR]
+        w = tl.load(w_row + r[None, :] * w_strides[1], mask=inside, other=0.0).to(tl.float32)  # [BO, BR]
         u = w
         if HAS_TARGET:
-            u = tl.load(u_row + r[None, :] * stride_ur, mask=inside, other=0.0).to(tl.float32)
-        if FEATURES_REDUCED:
-            keep = keep_tile(seed, threshold, first_o, first_r, reduced, PER_WEIGHT, 1, GROUPED, BO, BR)
-        elif PER_WEIGHT:
-            keep = keep_tile(seed, threshold, first_r, first_o, outputs, PER_WEIGHT, 1, GROUPED, BR, BO).trans()
+            u = tl.load(u_row + r[None, :] * u_strides[1], mask=inside, other=0.0).to(tl.float32)
+        if PATTERN.column_stride != 0:
+            keep = keep_tile(seed, bound, placement, first_o, first_r, PATTERN, BO, BR)
         phi = mix(keep, w, u, scale, HAS_TARGET).to(x.dtype)
         total = tl.dot(phi, x, total, input_precision=PRECISION)
     if HAS_BIAS:
@@ -66,13 +65,13 @@ def _mixed_product(
     )
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "kept_threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _fused_linear_kernel(
-    x_ptr, w_ptr, u_ptr, bias_ptr, result_ptr, kept_ptr, seed_ptr, threshold, scale, rows, outputs, reduced, capacity,
-    stride_xm, stride_wo, stride_wr, stride_uo, stride_ur,
-    PER_WEIGHT: tl.constexpr, FEATURES_REDUCED: tl.constexpr, GROUPED: tl.constexpr,
-    HAS_TARGET: tl.constexpr, HAS_BIAS: tl.constexpr, SAVES_KEPT: tl.constexpr, PRECISION: tl.constexpr,
-    BO: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, SAVED_ROWS: tl.constexpr, SAVED_COLUMNS: tl.constexpr,
+    x_ptr, w_ptr, u_ptr, bias_ptr, result_ptr, kept_ptr, seed_ptr, threshold, kept_threshold, placement, scale,
+    rows, outputs, reduced, width, stride_xm, w_strides, u_strides,
+    PATTERN: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_BIAS: tl.constexpr, SAVES_KEPT: tl.constexpr,
+    PRECISION: tl.constexpr, BO: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+    SAVED_ROWS: tl.constexpr, SAVED_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Programs beyond those of the product gather x[:, kept] for backward: another launch would cost more than they."""
     seed = tl.load(seed_ptr)
@@ -80,14 +79,14 @@ def _fused_linear_kernel(
     product_tiles = tl.cdiv(rows, BM) * tl.cdiv(outputs, BO)
     if tile < product_tiles:
         _mixed_product(
-            x_ptr, w_ptr, u_ptr, bias_ptr, result_ptr, seed, threshold, scale, tile, rows, outputs, reduced,
-            stride_xm, stride_wo, stride_wr, stride_uo, stride_ur,
-            PER_WEIGHT, FEATURES_REDUCED, GROUPED, HAS_TARGET, HAS_BIAS, PRECISION, BO, BM, BR,
+            x_ptr, w_ptr, u_ptr, bias_ptr, result_ptr, seed, as_bound(threshold), placement, scale,
+            tile, rows, outputs, reduced, stride_xm, w_strides, u_strides,
+            PATTERN, HAS_TARGET, HAS_BIAS, PRECISION, BO, BM, BR,
         )  # fmt: skip
     elif SAVES_KEPT:
         columns.gather_tile(
-            x_ptr, kept_ptr, seed, threshold, tile - product_tiles, rows, reduced, capacity,
-            stride_xm, 1, capacity, 1, SAVED_ROWS, SAVED_COLUMNS,
+            x_ptr, kept_ptr, seed, as_bound(kept_threshold), placement.offset, tile - product_tiles,
+            rows, reduced, width, stride_xm, 1, width, 1, PATTERN.aligned, SAVED_ROWS, SAVED_COLUMNS,
         )  # fmt: skip
 
 
@@ -100,19 +99,24 @@ class Tile(NamedTuple):
 
 
 # 64 outputs are the rows of one warpgroup instruction and give the most programs, which is what few rows lack; 8 warps,
-# because 4 would leave each scheduler one warp to hide the mix behind. What did not ship for its spills: 256 bytes of a
-# weight's row in dx (sm_80), 64 x 64 in IEEE float32 (sm_90), any of the others where loads are not of 16 bytes.
+# because 4 would leave each scheduler one warp to hide the mix behind. Rejected because they spilled: 256 bytes of a
+# weight's row in dx (sm_80), 64 x 64 in IEEE float32 (sm_90), and all but the ragged tile where loads are not of 16
+# bytes or every element takes a Philox call of its own.
 _RAGGED = Tile(64, 64, 32, 8, 2)
+_RAGGED_IEEE = Tile(64, 32, 16, 8, 3)
 _IEEE = Tile(64, 32, 16, 4, 3)
 _TF32 = Tile(64, 64, 32, 4, 5)
 _ROOMY = 160 * 1024  # what two stages of 128 reduced features need, with a margin; sm_86 and sm_89 have 99 KiB
 
 
-def tile_for(rows: int, forward: bool, weight: torch.dtype, precision: str, aligned: bool, shared: int) -> Tile:
-    """``precision``: "ieee", "tf32", or "" for 16-bit products. docs/codegen_triton.md has what each compiles to."""
+def tile_for(rows: int, forward: bool, weight: torch.dtype, precision: str, regular: bool, shared: int) -> Tile:
+    """``precision``: "ieee", "tf32", or "" for 16-bit products. docs/codegen_triton.md has what each compiles to.
+
+    ``regular``: loads are of 16 bytes, and a Philox call decides more than one element.
+    """
     if precision == "ieee":  # multiplied and added without tensor cores
-        return _IEEE
-    if not aligned:
+        return _IEEE if regular else _RAGGED_IEEE
+    if not regular:
         return _RAGGED
     if precision == "tf32":
         return _TF32
@@ -141,50 +145,53 @@ def _aligned(x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, seed: Tensor, p: float, per_weight: bool,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [rows, out] and x[:, kept] [rows, capacity] for x [rows, in] with contiguous rows; for p < 1."""
+    x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, draw: Draw, gather: Draw, width: int
+) -> tuple[Tensor, Tensor]:
+    """y [rows, out], and x[:, kept] [rows, width] by ``gather``, for x [rows, in] with contiguous rows.
+
+    ``gather`` has the words of ``draw`` and a threshold of its own; it is by column, or ``width`` is 0.
+    """
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    kept = x.new_empty((x.shape[0], capacity))
-    _launch(x, weight, target, bias, y, kept, seed, p, per_weight, forward=True)
+    kept = x.new_empty((x.shape[0], width))
+    _launch(x, weight, target, bias, y, kept, draw, gather, forward=True)
     return y, kept
 
 
-def fused_input_gradient(
-    g: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, per_weight: bool
-) -> Tensor:
-    """dx [rows, in] = g Phi for g [rows, out] with contiguous rows; for p < 1."""
+def fused_input_gradient(g: Tensor, weight: Tensor, target: Tensor | None, draw: Draw) -> Tensor:
+    """dx [rows, in] = g Phi for g [rows, out] with contiguous rows."""
     dx = g.new_empty((g.shape[0], weight.shape[1]))
-    weight, target = weight.t(), None if target is None else target.t()
-    _launch(g, weight, target, None, dx, dx.new_empty((g.shape[0], 0)), seed, p, per_weight, forward=False)
+    nothing_kept = dx.new_empty((g.shape[0], 0))
+    target = None if target is None else target.t()
+    _launch(g, weight.t(), target, None, dx, nothing_kept, draw.t(), draw, forward=False)
     return dx
 
 
 def _launch(
-    x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, result: Tensor, kept: Tensor, seed: Tensor,
-    p: float, per_weight: bool, forward: bool,
+    x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None, result: Tensor, kept: Tensor,
+    draw: Draw, gather: Draw, forward: bool,
 ) -> None:  # fmt: skip
-    """``weight`` and ``target`` are [output, reduced]."""
-    rows, (outputs, reduced), capacity = x.shape[0], weight.shape, kept.shape[1]
+    """``weight``, ``target`` and ``draw`` are those of [output, reduced]."""
+    rows, (outputs, reduced), width = x.shape[0], weight.shape, kept.shape[1]
+    placement = Placement.of(draw)
+    pattern = placement.pattern
     precision = float32_precision() if x.dtype == torch.float32 else ""
     shared = shared_memory(x.device)
-    tile = tile_for(rows, forward, weight.dtype, precision, _aligned(x, weight, target), shared)
+    regular = not pattern.per_element and _aligned(x, weight, target)
+    tile = tile_for(rows, forward, weight.dtype, precision, regular, shared)
     weight_bytes = weight.itemsize + (0 if target is None else target.itemsize)
     saved_tile = columns.tile(column_major=False)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
-    if capacity:
+    if width:
         programs += triton.cdiv(rows, saved_tile[0]) * triton.cdiv(reduced, saved_tile[1])
     u = weight if target is None else target
-    in_features = reduced if forward else outputs
     launch(
         _fused_linear_kernel, programs,
-        x, weight, u, x if bias is None else bias, result, kept if capacity else x, seed,
-        threshold_argument(p), 1 / (1 - p), rows, outputs, reduced, capacity,
-        x.stride(0), *weight.stride(), *u.stride(),
-        PER_WEIGHT=per_weight, FEATURES_REDUCED=forward, GROUPED=in_features % 4 == 0,
-        HAS_TARGET=target is not None, HAS_BIAS=bias is not None, SAVES_KEPT=capacity > 0,
+        x, weight, u, x if bias is None else bias, result, kept if width else x, draw.seed,
+        threshold_argument(draw), threshold_argument(gather), placement, draw.scale,
+        rows, outputs, reduced, width, x.stride(0), weight.stride(), u.stride(),
+        PATTERN=pattern, HAS_TARGET=target is not None, HAS_BIAS=bias is not None, SAVES_KEPT=width > 0,
         PRECISION=precision or "ieee", BO=tile.outputs, BM=tile.rows, BR=tile.reduced,
         SAVED_ROWS=saved_tile[0], SAVED_COLUMNS=saved_tile[1],
         num_warps=tile.warps, num_stages=stages_for(tile, weight_bytes, x.dtype, shared),
+        maxnreg=MOST_REGISTERS_OF_A_GEMM,
     )  # fmt: skip

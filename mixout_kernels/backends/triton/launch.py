@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Registers of a thread. Without a bound ptxas aims at an occupancy of its own choice, and spilled up to six registers
+# to reach it. A pass over memory has 4 warps and enough bytes under way with four blocks on an SM; the block of a GEMM
+# has most of the shared memory, and may have the registers too.
+MOST_REGISTERS_OF_A_PASS = 128
+MOST_REGISTERS_OF_A_GEMM = 255
 # The smallest shared memory of a block on the GPUs this backend supports (compute capability 8.6).
 _LEAST_SHARED_MEMORY = 99 * 1024
 
@@ -20,12 +25,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def launch(kernel: Any, programs: int, tensor: Tensor, *arguments: Any, **options: Any) -> None:
+def launch(
+    kernel: Any, programs: int, tensor: Tensor, *arguments: Any, maxnreg: int = MOST_REGISTERS_OF_A_PASS, **options: Any
+) -> None:
     """Runs ``kernel`` on the device of its first argument."""
     # Without contraction to fused multiply-adds Phi equals the plain formula's bit for bit, in every backend. Products
     # on tensor cores are not affected, and the kernels that only mix wait for memory.
     with _current_device(tensor):
-        kernel[(programs,)](tensor, *arguments, **options, enable_fp_fusion=False)
+        kernel[(programs,)](tensor, *arguments, **options, maxnreg=maxnreg, enable_fp_fusion=False)
 
 
 def _current_device(tensor: Tensor) -> AbstractContextManager[None]:

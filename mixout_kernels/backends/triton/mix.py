@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...draws import Draw
 from .launch import launch
-from .mask import keep_each, keep_line, keep_rows, threshold_argument
+from .mask import Pattern, Placement, as_bound, keep_tile, threshold_argument
 
-# 32 elements per thread: in bfloat16 four 16-byte loads of w and as many of u. A neuron mask is generated once per tile
-# for all of its rows, hence the 16; the long side lies along contiguous memory. A flat tile has a mask per element and
-# half as many of them: 4096 spilled on sm_90 in float32 without a target.
+# 32 elements per thread: in bfloat16 four 16-byte loads of w and as many of u. A line of decisions is generated once
+# per tile for all of its rows, hence the 16; the long side lies along contiguous memory. A flat tile has a decision per
+# element and half as many of them: 4096 spilled on sm_90 in float32 without a target. So has a tile of which every
+# decision takes a Philox call of its own.
 WARPS = 4
 _FLAT_TILE = (1, 2048)
 _ROW_MAJOR_TILE = (16, 256)
 _COLUMN_MAJOR_TILE = (256, 16)
+_PER_ELEMENT_ROW_MAJOR_TILE = (8, 256)
+_PER_ELEMENT_COLUMN_MAJOR_TILE = (256, 8)
 
 
 @triton.jit
@@ -29,36 +31,9 @@ def mix(keep, w, u, scale, HAS_TARGET: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(
-    seed, threshold, first_row, first_column, columns,
-    PER_WEIGHT: tl.constexpr, INNER: tl.constexpr, GROUPED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Decisions [ROWS, COLUMNS] or [1, COLUMNS] for a tile of a weight that is ``columns`` wide.
-
-    PER_WEIGHT: i = row * columns + column, and GROUPED says that columns is a multiple of 4 or that there is one row.
-    Otherwise i = column // INNER, one decision per feature.
-    """
-    if PER_WEIGHT:
-        row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
-        if GROUPED:
-            keep = keep_rows(seed, threshold, row * columns + first_column, ROWS, COLUMNS)
-        else:
-            column = first_column + tl.arange(0, COLUMNS)
-            keep = keep_each(seed, threshold, row[:, None] * columns + column[None, :])
-    elif INNER == 1:
-        keep = keep_line(seed, threshold, first_column, COLUMNS)[None, :]
-    else:
-        keep = keep_each(seed, threshold, (first_column + tl.arange(0, COLUMNS)) // INNER)[None, :]
-    return keep
-
-
-@triton.jit
 def mix_tile(
-    w_ptr, u_ptr, phi_ptr, seed, threshold, scale, tile, rows, columns,
-    stride_wr, stride_wc, stride_ur, stride_uc, stride_pr, stride_pc,
-    PER_WEIGHT: tl.constexpr, INNER: tl.constexpr, GROUPED: tl.constexpr, HAS_TARGET: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    w_ptr, u_ptr, phi_ptr, seed, bound, placement, scale, tile, rows, columns, w_strides, u_strides, phi_strides,
+    PATTERN: tl.constexpr, HAS_TARGET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles_across = tl.cdiv(columns, COLUMNS)
     first_row = (tile // tiles_across).to(tl.int64) * ROWS
@@ -66,87 +41,71 @@ def mix_tile(
     row = (first_row + tl.arange(0, ROWS))[:, None]
     column = (first_column + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < columns)
-    keep = keep_tile(seed, threshold, first_row, first_column, columns, PER_WEIGHT, INNER, GROUPED, ROWS, COLUMNS)
-    w = tl.load(w_ptr + row * stride_wr + column * stride_wc, mask=inside).to(tl.float32)
+    keep = keep_tile(seed, bound, placement, first_row, first_column, PATTERN, ROWS, COLUMNS)
+    w = tl.load(w_ptr + row * w_strides[0] + column * w_strides[1], mask=inside).to(tl.float32)
     u = w
     if HAS_TARGET:
-        u = tl.load(u_ptr + row * stride_ur + column * stride_uc, mask=inside).to(tl.float32)
+        u = tl.load(u_ptr + row * u_strides[0] + column * u_strides[1], mask=inside).to(tl.float32)
     phi = mix(keep, w, u, scale, HAS_TARGET)
-    tl.store(phi_ptr + row * stride_pr + column * stride_pc, phi.to(phi_ptr.dtype.element_ty), mask=inside)
+    tl.store(phi_ptr + row * phi_strides[0] + column * phi_strides[1], phi.to(phi_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 def _mix_kernel(
-    w_ptr, u_ptr, phi_ptr, seed_ptr, threshold, scale, rows, columns,
-    stride_wr, stride_wc, stride_ur, stride_uc, stride_pr, stride_pc,
-    PER_WEIGHT: tl.constexpr, INNER: tl.constexpr, GROUPED: tl.constexpr, HAS_TARGET: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    w_ptr, u_ptr, phi_ptr, seed_ptr, threshold, placement, scale, rows, columns, w_strides, u_strides, phi_strides,
+    PATTERN: tl.constexpr, HAS_TARGET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     mix_tile(
-        w_ptr, u_ptr, phi_ptr, tl.load(seed_ptr), threshold, scale, tl.program_id(0), rows, columns,
-        stride_wr, stride_wc, stride_ur, stride_uc, stride_pr, stride_pc,
-        PER_WEIGHT, INNER, GROUPED, HAS_TARGET, ROWS, COLUMNS,
+        w_ptr, u_ptr, phi_ptr, tl.load(seed_ptr), as_bound(threshold), placement, scale, tl.program_id(0),
+        rows, columns, w_strides, u_strides, phi_strides, PATTERN, HAS_TARGET, ROWS, COLUMNS,
     )  # fmt: skip
 
 
-def mix_into(
-    phi: Tensor, weight: Tensor, target: Tensor | None, seed: Tensor, p: float, scale: float, per_weight: bool
-) -> Tensor:
-    """Writes Phi of a 2-D weight [out, in] in any memory layout, for p < 1; ``phi`` may be ``weight`` itself."""
-    if per_weight and all(t is None or t.is_contiguous() for t in (weight, target, phi)):
-        _launch_mix(*_flat(1, weight, target, phi), seed, p, scale, per_weight)  # runs of four at any width
-    else:
-        _launch_mix(weight, target, phi, seed, p, scale, per_weight)
-    return phi
-
-
-def mixout(weight: Tensor, target: Tensor | None, seed: Tensor, p: float, scale: float, mask: str) -> Tensor:
-    """Phi of a weight of one dimension or more: contiguous, in the weight's dtype."""
-    if p == 1:
-        return weight.new_zeros(weight.shape) if target is None else weight.new_empty(weight.shape).copy_(target)
+def mixout(weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
+    """``where(keep, u + (w - u) * factor, u)`` for a weight of one dimension or more: contiguous, in its dtype."""
     phi = weight.new_empty(weight.shape)
     if weight.dim() == 2:
-        return mix_into(phi, weight, target, seed, p, scale, mask == "weight")
-    per_weight = weight.dim() == 1 or mask == "weight"
-    inner = 1 if per_weight else math.prod(weight.shape[2:])
-    rows = 1 if per_weight else weight.shape[0]
-    if weight.numel():
-        _launch_mix(*_flat(rows, weight, target, phi), seed, p, scale, per_weight, inner)
-    return phi
+        return mix_into(phi, weight, target, draw, factor)
+    return _mix_contiguous(phi, weight.contiguous(), None if target is None else target.contiguous(), draw, factor)
 
 
-def _flat(rows: int, weight: Tensor, target: Tensor | None, phi: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The three as contiguous matrices with ``rows`` rows."""
-    target = None if target is None else target.contiguous().view(rows, -1)
-    return weight.contiguous().view(rows, -1), target, phi.view(rows, -1)
+def mix_into(out: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
+    """The same into ``out``, which may be ``weight`` itself, for a 2-D weight; each tensor in any memory layout."""
+    if all(t is None or t.is_contiguous() for t in (weight, target, out)):
+        return _mix_contiguous(out, weight, target, draw, factor)
+    _launch_mix(out, weight, target, draw, Placement.of(draw), factor)
+    return out
+
+
+def _mix_contiguous(out: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
+    layout = draw.layout(weight.shape)  # a decision per element makes one long row of it: runs of four at any width
+    matrix = layout.rows, layout.columns
+    target = None if target is None else target.view(matrix)
+    _launch_mix(out.view(matrix), weight.view(matrix), target, draw, Placement.of(draw, layout), factor)
+    return out
 
 
 def _launch_mix(
-    weight: Tensor,
-    target: Tensor | None,
-    phi: Tensor,
-    seed: Tensor,
-    p: float,
-    scale: float,
-    per_weight: bool,
-    inner: int = 1,
+    phi: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, placement: Placement, factor: float
 ) -> None:
-    """``inner``: how many neighbouring columns belong to one feature."""
-    if weight.numel() == 0:
-        return
     rows, columns = weight.shape
-    tile_rows, tile_columns = tile_shape(rows, weight.stride(0) == 1)
+    if rows == 1:
+        placement = placement._replace(row_stride=0)  # a flat tile has no row to run down
+    pattern = placement.pattern
+    tile_rows, tile_columns = tile_shape(rows == 1, weight.stride(0) == 1, pattern)
     u = weight if target is None else target
     launch(
         _mix_kernel, triton.cdiv(rows, tile_rows) * triton.cdiv(columns, tile_columns),
-        weight, u, phi, seed, threshold_argument(p), scale, rows, columns,
-        *weight.stride(), *u.stride(), *phi.stride(),
-        PER_WEIGHT=per_weight, INNER=inner, GROUPED=columns % 4 == 0 or rows == 1, HAS_TARGET=target is not None,
+        weight, u, phi, draw.seed, threshold_argument(draw), placement, factor, rows, columns,
+        weight.stride(), u.stride(), phi.stride(),
+        PATTERN=pattern, HAS_TARGET=target is not None,
         ROWS=tile_rows, COLUMNS=tile_columns, num_warps=WARPS,
     )  # fmt: skip
 
 
-def tile_shape(rows: int, column_major: bool) -> tuple[int, int]:
-    if rows == 1:
+def tile_shape(flat: bool, column_major: bool, pattern: Pattern) -> tuple[int, int]:
+    if flat:
         return _FLAT_TILE
+    if pattern.per_element:
+        return _PER_ELEMENT_COLUMN_MAJOR_TILE if column_major else _PER_ELEMENT_ROW_MAJOR_TILE
     return _COLUMN_MAJOR_TILE if column_major else _ROW_MAJOR_TILE
