@@ -1,7 +1,8 @@
-"""What Triton's interpreter must be taught before results in bfloat16 can be asked of it (triton 3.6 to 3.9).
+"""What Triton's interpreter must be taught before these kernels can run in it (triton 3.6 to 3.9).
 
 It converts float32 to bfloat16 by cutting off, where a GPU rounds to nearest even, and ``tl.dot`` multiplies the bit
-patterns of bfloat16 operands as integers.
+patterns of bfloat16 operands as integers. Before 3.9 it also takes the bounds of a loop out of arrays with one element
+by ``int``, which numpy has refused since 2.4.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from triton.runtime import interpreter
 
 
 def mend() -> None:
-    """Makes bfloat16 in the interpreter what it is on a GPU. Once per process."""
+    """Makes bfloat16 in the interpreter what it is on a GPU, and loops run with every numpy. Once per process."""
     if interpreter._convert_float is not _convert_float:
         interpreter._convert_float = _convert_float
         interpreter.InterpreterBuilder.create_dot = _create_dot
+        interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 _original_convert = interpreter._convert_float
 _original_dot = interpreter.InterpreterBuilder.create_dot
+_original_patch = interpreter._patch_lang_tensor
 
 
 def _convert_float(data, from_dtype, to_dtype, rounding_mode):
@@ -32,6 +35,11 @@ def _convert_float(data, from_dtype, to_dtype, rounding_mode):
 
 def _create_dot(builder, a, b, *arguments):
     return _original_dot(builder, _as_numbers(a), _as_numbers(b), *arguments)
+
+
+def _patch_lang_tensor(tensor, *scope):
+    _original_patch(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()  # the original's scope restores what was there before
 
 
 def _as_numbers(handle):
