@@ -89,7 +89,7 @@ picture: $(ENVIRONMENT)  ## the picture of the README, out of the committed resu
 	$(PY) tools/readme_picture.py benchmarks/results/step/minilm.csv docs/step.png
 
 codegen: $(BUILT)  ## what ptxas makes of every GPU kernel: registers, shared memory, spills
-	$(PY) -m benchmarks.codegen_triton $(ARGS)
+	$(PY) -m tools.codegen_triton $(ARGS)
 	$(PY) -m tools.codegen_cuda --check $(ARGS)
 
 gpu: $(BUILT)  ## the whole test suite on the GPU of this machine

@@ -9,7 +9,7 @@ pytestmark = needs_compiler
 if INTERPRETED:
     CASES, ARCHITECTURES = [None], [90]
 else:
-    from benchmarks import codegen_triton
+    from tools import codegen_triton
 
     CASES, ARCHITECTURES = codegen_triton.cases(), list(codegen_triton.SHARED_MEMORY)
 

@@ -1,6 +1,6 @@
 """What ptxas makes of every Triton kernel in every configuration that ships. Needs no GPU.
 
-    python -m benchmarks.codegen_triton [--arch 90] [--write docs/codegen_triton.md]
+    python -m tools.codegen_triton [--arch 90] [--write docs/codegen_triton.md]
 
 The launchers of the backend are called as they ship, on CPU tensors, with a driver that compiles for a given GPU and
 launches nothing; so the configurations are theirs and are not written down here a second time.
@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from mixout_kernels.backends import triton as backend
 from mixout_kernels.backends.triton import columns, fused_linear, mix, mix_list, weight_gradient
+from mixout_kernels.draws import Draw, strides_of
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one block can have
 REGISTERS = 64 * 1024  # of a block
@@ -62,7 +63,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Case:
-    """A launch: the dtypes, mask, layout and shape that choose a configuration, in words, and the call."""
+    """A launch: the dtypes, draw, layout and shape that choose a configuration, in words, and the call."""
 
     configuration: str
     launch: Callable[[], object]
@@ -146,8 +147,21 @@ def _output(tool: str, *arguments: str) -> str:
 # --- the configurations -----------------------------------------------------------------------------------------------
 
 
-def _seed(count: int = 1) -> Tensor:
-    return torch.zeros(count, dtype=torch.int64)
+# (kind of mask, offset): a path through mask.keep_tile each. With _ODD columns runs of four do not lie side by side,
+# and _RUNS takes a Philox call per element.
+_LINE, _ODD_LINE, _RUNS, _ROW, _ONE = ("neuron", 0), ("neuron", 5), ("weight", 0), ("output", 0), ("layer", 0)
+_ODD = 1001
+_DrawSpec = tuple[str, int]
+
+
+def _draw(spec: _DrawSpec, shape: Sequence[int] = (_OUT, _IN)) -> Draw:
+    kind, offset = spec
+    return Draw(torch.zeros(1, dtype=torch.int64), _P, strides_of(kind, shape), offset)
+
+
+def _words(spec: _DrawSpec) -> str:
+    kind, offset = spec
+    return f"{kind} from {offset}" if offset else kind
 
 
 def _weight(dtype: torch.dtype, layout: str, out: int = _OUT, columns: int = _IN) -> Tensor:
@@ -157,64 +171,85 @@ def _weight(dtype: torch.dtype, layout: str, out: int = _OUT, columns: int = _IN
 
 
 def _mask_cases() -> Iterator[Case]:
-    yield Case("any", lambda: backend.keep_mask(_seed(), _P, (_IN,), "neuron"))
+    for kind, shape in (("neuron", (_IN,)), ("weight", (_OUT, _IN)), ("output", (_OUT, _IN))):
+        yield Case(f"{kind}, {len(shape)}-D", partial(backend.keep_mask, _draw((kind, 0), shape), shape))
 
 
 def _mix_cases() -> Iterator[Case]:
     for w, u, phi in ((_BF16,) * 3, (_F32,) * 3, (_F32, _F32, _BF16), (_F32, _BF16, _BF16)):
-        for mask in ("neuron", "weight"):
+        for spec in (_LINE, _RUNS, _ROW):
             for layout in ("[out, in]", "[in, out]"):
-                what = f"{_SHORT[w]}, {_SHORT[u]} to {_SHORT[phi]}, {mask}, {layout}"
-                yield Case(what, partial(_mix, w, u, phi, mask, layout))
+                what = f"{_SHORT[w]}, {_SHORT[u]} to {_SHORT[phi]}, {_words(spec)}, {layout}"
+                yield Case(what, partial(_mix, w, u, phi, spec, layout))
                 if phi == _BF16 and u == _BF16:
-                    yield Case(what, partial(_mix_list, w, u, phi, mask, layout))
-    yield Case("fp16, fp16 to fp16, neuron, [out, in]", partial(_mix, _F16, _F16, _F16, "neuron", "[out, in]"))
+                    yield Case(what, partial(_mix_list, w, u, phi, spec, layout))
+    yield Case("fp16, fp16 to fp16, neuron, [out, in]", partial(_mix, _F16, _F16, _F16, _LINE, "[out, in]"))
     for dtype in (_BF16, _F32):
-        for mask in ("neuron", "weight"):
-            yield Case(f"{_SHORT[dtype]}, {mask}, no target", partial(_mix, dtype, None, dtype, mask, "[out, in]"))
-    for mask, layout in (("neuron", "[out, in]"), ("weight", "[out, in]"), ("weight", "[in, out]")):
-        what = f"bf16, odd width, {mask}, {layout}"
-        yield Case(what, partial(_mix, _BF16, _BF16, _BF16, mask, layout, columns=1001))
-    kernel = torch.empty(64, 64, 3, 3)
-    yield Case("fp32, convolution, neuron", lambda: backend.mixout(kernel, kernel, _seed(), _P, 1.5, "neuron"))
+        for spec in (_LINE, _RUNS, _ROW, _ONE):
+            what = f"{_SHORT[dtype]}, {_words(spec)}, no target"
+            yield Case(what, partial(_mix, dtype, None, dtype, spec, "[out, in]"))
+    for dtype in (_BF16, _F32):
+        for spec, layout in ((_ODD_LINE, "[out, in]"), (_RUNS, "[out, in]"), (_RUNS, "[in, out]")):
+            what = f"{_SHORT[dtype]}, odd width, {_words(spec)}, {layout}"
+            yield Case(what, partial(_mix, dtype, dtype, dtype, spec, layout, columns=_ODD))
+            yield Case(what, partial(_mix_list, dtype, dtype, dtype, spec, layout, columns=_ODD))
+        strided = torch.empty(_OUT, 2 * _ODD, dtype=dtype)[:, ::2]
+        what = f"{_SHORT[dtype]}, odd width, weight, every other column"
+        yield Case(what, partial(mix.mix_into, strided, strided, strided, _draw(_RUNS, strided.shape), 1.5))
+    for spec in (_LINE, _ROW):
+        kernel = torch.empty(64, 64, 3, 3)
+        what = f"fp32, convolution, {_words(spec)}"
+        yield Case(what, partial(backend.mixout, kernel, kernel, _draw(spec, kernel.shape), 1.5))
 
 
-def _mix(w: torch.dtype, u: torch.dtype | None, phi: torch.dtype, mask: str, layout: str, columns: int = _IN) -> None:
+def _mix(
+    w: torch.dtype, u: torch.dtype | None, phi: torch.dtype, spec: _DrawSpec, layout: str, columns: int = _IN
+) -> None:
     weight, target, out = (None if dtype is None else _weight(dtype, layout, columns=columns) for dtype in (w, u, phi))
-    mix.mix_into(out, weight, target, _seed(), _P, 1 / (1 - _P), mask == "weight")
+    mix.mix_into(out, weight, target, _draw(spec, weight.shape), 1.5)
 
 
-def _mix_list(w: torch.dtype, u: torch.dtype, phi: torch.dtype, mask: str, layout: str) -> None:
-    weights, targets, outs = [[_weight(dtype, layout) for _ in range(3)] for dtype in (w, u, phi)]
-    mix_list.mixout_list(outs, weights, targets, _seed(3), _P, mask)
+def _mix_list(
+    w: torch.dtype, u: torch.dtype, phi: torch.dtype, spec: _DrawSpec, layout: str, columns: int = _IN
+) -> None:
+    weights, targets, outs = [[_weight(dtype, layout, columns=columns) for _ in range(3)] for dtype in (w, u, phi)]
+    mix_list.mixout_list(outs, weights, targets, [_draw(spec, weight.shape) for weight in weights])
 
 
 def _column_cases() -> Iterator[Case]:
-    for dtype in (_BF16, _F32):
-        for layout in ("[out, in]", "[in, out]"):
-            what = f"{_SHORT[dtype]}, {layout}"
-            w, compact = _weight(dtype, layout), _weight(dtype, layout, columns=_KEPT)
-            yield Case(what, partial(columns.gather_columns, w, _seed(), _P, _KEPT))
-            yield Case(what, partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
+    for spec in (_LINE, _ODD_LINE):
+        draw = _draw(spec)
+        for dtype in (_BF16, _F32):
+            for layout in ("[out, in]", "[in, out]"):
+                what = f"{_SHORT[dtype]}, {_words(spec)}, {layout}"
+                w, compact = _weight(dtype, layout), _weight(dtype, layout, columns=_KEPT)
+                yield Case(what, partial(columns.gather_columns, w, draw, _KEPT))
+                yield Case(what, partial(columns.scatter_columns, compact, w, draw, 1.5))
     w, compact = _weight(_F32, "[out, in]"), _weight(_BF16, "[out, in]", columns=_KEPT)
-    yield Case("bf16 to fp32", partial(columns.scatter_columns, compact, w, _seed(), _P, 1.5))
+    yield Case("bf16 to fp32, neuron", partial(columns.scatter_columns, compact, w, _draw(_LINE), 1.5))
 
 
 def _fused_cases() -> Iterator[Case]:
     for direction in ("y", "dx"):
-        for mask in ("neuron", "weight"):
+        for spec in (_LINE, _RUNS):
             for rows in _ROWS:
-                yield _fused_case(_BF16, _BF16, rows, direction, mask)
-                yield _fused_case(_BF16, _F32, rows, direction, mask)
-            yield _fused_case(_F32, _F32, 64, direction, mask)
-            yield _fused_case(_F32, _F32, 64, direction, mask, tf32=True)
-            yield _fused_case(_BF16, _BF16, 64, direction, mask, columns=1001)
-            yield _fused_case(_BF16, _F32, 64, direction, mask, columns=1001)
-            yield _fused_case(_F32, _F32, 64, direction, mask, columns=1001)
-            yield _fused_case(_F32, _F32, 64, direction, mask, tf32=True, columns=1001)
-        yield _fused_case(_F16, _F16, 64, direction, "neuron")
-        yield _fused_case(_BF16, _BF16, 64, direction, "neuron", target=None)
-        yield _fused_case(_BF16, _BF16, 64, direction, "neuron", layout="[in, out]")
+                yield _fused_case(_BF16, _BF16, rows, direction, spec)
+                yield _fused_case(_BF16, _F32, rows, direction, spec)
+            yield _fused_case(_F32, _F32, 64, direction, spec)
+            yield _fused_case(_F32, _F32, 64, direction, spec, tf32=True)
+            yield _fused_case(_BF16, _BF16, 64, direction, spec, columns=_ODD)
+            yield _fused_case(_BF16, _F32, 64, direction, spec, columns=_ODD)
+            yield _fused_case(_F32, _F32, 64, direction, spec, columns=_ODD)
+            yield _fused_case(_F32, _F32, 64, direction, spec, tf32=True, columns=_ODD)
+        for spec in (_ROW, _ONE, _ODD_LINE):
+            for rows in _ROWS:
+                yield _fused_case(_BF16, _F32, rows, direction, spec)
+            yield _fused_case(_F32, _F32, 64, direction, spec)
+            yield _fused_case(_F32, _F32, 64, direction, spec, tf32=True)
+        yield _fused_case(_F16, _F16, 64, direction, _LINE)
+        yield _fused_case(_BF16, _BF16, 64, direction, _LINE, target=None)
+        yield _fused_case(_BF16, _BF16, 64, direction, _LINE, layout="[in, out]")
+        yield _fused_case(_BF16, _BF16, 64, direction, _RUNS, layout="[in, out]")
 
 
 def _fused_case(
@@ -222,7 +257,7 @@ def _fused_case(
     w: torch.dtype,
     rows: int,
     direction: str,
-    mask: str,
+    spec: _DrawSpec,
     *,
     tf32: bool = False,
     target: str | None = "target",
@@ -236,31 +271,30 @@ def _fused_case(
         "" if layout == "[out, in]" else layout,
         "" if columns == _IN else "odd width",
     ]
-    what = ", ".join(filter(None, [direction, dtypes, mask, f"{rows} rows", *notes]))
+    what = ", ".join(filter(None, [direction, dtypes, _words(spec), f"{rows} rows", *notes]))
     weight = _weight(w, layout, columns=columns)
     frozen = None if target is None else _weight(w, layout, columns=columns)
-    per_weight = mask == "weight"
+    draw = _draw(spec, weight.shape)
     if direction == "y":
-        capacity = 0 if per_weight else _KEPT
-        operands = torch.empty(rows, columns, dtype=x), weight, frozen, torch.empty(_OUT, dtype=x), _seed(), _P
-        launch = partial(fused_linear.fused_linear, *operands, per_weight, capacity)
+        gather, width = draw.at(0.8), _KEPT if draw.by_column else 0
+        operands = torch.empty(rows, columns, dtype=x), weight, frozen, torch.empty(_OUT, dtype=x), draw
+        launch = partial(fused_linear.fused_linear, *operands, gather, width)
     else:
-        operands = torch.empty(rows, _OUT, dtype=x), weight, frozen, _seed(), _P
-        launch = partial(fused_linear.fused_input_gradient, *operands, per_weight)
+        operands = torch.empty(rows, _OUT, dtype=x), weight, frozen, draw
+        launch = partial(fused_linear.fused_input_gradient, *operands)
     return Case(what, partial(_with_tf32, tf32, launch), tensor_cores=x != _F32)
 
 
 def _weight_gradient_cases() -> Iterator[Case]:
     for x, w, tf32 in ((_BF16, _BF16, False), (_BF16, _F32, False), (_F32, _F32, False), (_F32, _F32, True)):
-        for mask in ("neuron", "weight"):
-            for width in (_IN, 1001):
-                notes = ["tf32" if tf32 else "ieee" if x == _F32 else "", "odd width" if width == 1001 else ""]
-                what = ", ".join(filter(None, [_SHORT[x], f"weight {_SHORT[w]}", mask, "with db", *notes]))
-                g, kept = torch.empty(64, _OUT, dtype=x), torch.empty(64, _KEPT if mask == "neuron" else width, dtype=x)
+        for spec in (_LINE, _ODD_LINE, _RUNS, _ROW, _ONE):
+            for width in (_IN, _ODD):
+                notes = ["tf32" if tf32 else "ieee" if x == _F32 else "", "odd width" if width == _ODD else ""]
+                what = ", ".join(filter(None, [_SHORT[x], f"weight {_SHORT[w]}", _words(spec), "with db", *notes]))
                 weight = _weight(w, "[out, in]", columns=width)
-                launch = partial(
-                    weight_gradient.weight_gradient, g, kept, weight, _seed(), _P, 1.5, mask == "weight", True
-                )
+                draw = _draw(spec, weight.shape)
+                g, saved = torch.empty(64, _OUT, dtype=x), torch.empty(64, _KEPT if draw.by_column else width, dtype=x)
+                launch = partial(weight_gradient.fused_weight_gradient, g, saved, weight, draw, 1.5, True)
                 yield Case(what, partial(_with_tf32, tf32, launch), tensor_cores=x != _F32)
 
 
@@ -277,7 +311,7 @@ def _with_tf32(tf32: bool, launch: Callable[[], object]) -> None:
 
 _HEADER = """# What the Triton kernels compile to
 
-Written by `make codegen` (`python -m benchmarks.codegen_triton --write docs/codegen_triton.md`), without a GPU, with
+Written by `make codegen` (`python -m tools.codegen_triton --write docs/codegen_triton.md`), without a GPU, with
 torch {torch} and triton {triton}. The launchers are called as they ship, so these are the configurations that run.
 
 - registers: per thread; the bound is 65536 / threads, 255 at most.
