@@ -8,11 +8,18 @@ import importlib
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
 from .contract import Backend
+
+if TYPE_CHECKING:  # mypy holds every backend module to the contract
+    from . import cpu, cuda, triton
+
+    _cpu: Backend = cpu
+    _cuda: Backend = cuda
+    _triton: Backend = triton
 
 # "reference" is not a module here: it is plain PyTorch, differentiated by autograd, and never passes through a
 # registered operator.

@@ -16,9 +16,10 @@ from ... import _extension
 from .. import gpu_linear
 from ..contract import MixedWeight, WeightGradient
 from . import primitives
-from .primitives import EMULATED, EXTENSION, TYPES, keep_mask, mixout, mixout_list
-
-__all__ = ["keep_mask", "mix_linear", "mix_linear_backward", "mixout", "mixout_list"]
+from .primitives import EMULATED, EXTENSION, TYPES
+from .primitives import keep_mask as keep_mask
+from .primitives import mixout as mixout
+from .primitives import mixout_list as mixout_list
 
 _DEVICE = "cpu" if EMULATED else "cuda"
 _MINIMUM_CAPABILITY = (8, 0)
