@@ -95,6 +95,13 @@ def weight_and_target(name: str, weight: Tensor, target: Tensor | None) -> None:
 def linear(name: str, input: Tensor, weight: Tensor, bias: Tensor | None, casts: Callable[[Tensor], bool]) -> None:
     """``casts``: whether autocast is on for a tensor, so that dtypes need not agree."""
     tensor(name, "input", input)
+    if input.is_nested:
+        raise TypeError(
+            f"{name}: input: expected a dense tensor, got a nested one; of a jagged one give the values, and make "
+            "torch.nested.nested_tensor_from_jagged(y, input.offsets()) of the result"
+        )
+    if input.layout is not torch.strided:
+        raise TypeError(f"{name}: input: expected a dense tensor, got one with layout {input.layout}")
     if weight.dim() != 2:
         raise ValueError(f"{name}: weight: expected [out, in], got {list(weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:

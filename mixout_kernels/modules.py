@@ -46,6 +46,11 @@ class MixedLayer(nn.Module):
         weight, target = self.weight, self.target
         if not self.training or (self.p == 0 and self.grad_p == 0):
             return F.linear(input, self.matrix(weight), self.bias)
+        if isinstance(input, torch.fx.Proxy):
+            raise TypeError(
+                f"{type(self).__name__}: input: expected a tensor, got a torch.fx.Proxy: a layer that draws masks is "
+                "traced in eval mode, after remove_mixout, or by a Tracer for which it is a leaf module"
+            )
         if target is not None:
             if target.device != weight.device or target.dtype != weight.dtype:
                 target = self._target_for(weight)

@@ -152,11 +152,14 @@ def mix_linear(
 
 def _is_intercepted(*tensors: Tensor) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass must see an operator."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors)
-    )
+    if torch.compiler.is_compiling():
+        return True
+    if is_in_torch_dispatch_mode():
+        from . import flops  # after this module, whose operators it counts
+
+        flops.tell_active_counters()
+        return True
+    return any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors)
 
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)

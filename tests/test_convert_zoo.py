@@ -73,6 +73,13 @@ def build(name):
         pytest.skip(f"no small config for {name}: {error}")
 
 
+def without_linears(error):
+    """A model of convolutions, or one whose every linear layer is of a class with a forward of its own (Falcon)."""
+    return "got 0 linear layers: none" in str(error) or "is a subclass of Linear (with a forward of its own)" in str(
+        error
+    )
+
+
 def test_a_saved_model_is_the_source_of_its_own_targets(name, tmp_path):
     """The restart of a run: save_pretrained, from_pretrained, trained weights, targets=that folder."""
     model = build(name)
@@ -85,7 +92,7 @@ def test_a_saved_model_is_the_source_of_its_own_targets(name, tmp_path):
     try:
         report = mk.apply_mixout(restarted, p=0.5, targets=tmp_path)
     except ValueError as error:
-        assert "got 0 linear layers: none" in str(error)  # noqa: PT017 - a model of convolutions
+        assert without_linears(error)
         return
     for layer in report.mixed:
         target = restarted.get_submodule(layer).target
@@ -105,7 +112,7 @@ def test_no_dropout_goes_on_that_the_report_does_not_name(name):
     try:
         report = mk.apply_mixout(model, p=0.5, exclude=())
     except ValueError as error:
-        assert "nothing to mix" in str(error)  # noqa: PT017 - a model of convolutions
+        assert without_linears(error)
         return
     with torch.no_grad():
         first, second = (list(zoo.tensors(model(**batch))) for _ in range(2))

@@ -227,6 +227,57 @@ def test_func_grad(device, mask):
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+def nested(layout):
+    return torch.nested.nested_tensor([torch.randn(3, 20), torch.randn(2, 20)], layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: nested(torch.jagged),
+            "input: expected a dense tensor, got a nested one; of a jagged one give",
+        ),
+        (lambda: nested(torch.strided), "input: expected a dense tensor, got a nested one"),
+        (
+            lambda: torch.randn(3, 20).to_sparse(),
+            "input: expected a dense tensor, got one with layout torch.sparse_coo",
+        ),
+    ],
+    ids=["jagged", "nested", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning")
+def test_inputs_that_are_not_dense(make, message):
+    module = mk.MixLinear.from_linear(linear_of(), p=0.5)
+    with pytest.raises(TypeError, match=f"^mix_linear: {message}"):
+        module(make())
+
+
+def test_the_values_of_a_jagged_input():
+    module, input = mk.MixLinear.from_linear(linear_of(), p=0.5), nested(torch.jagged)
+    y = torch.nested.nested_tensor_from_jagged(run(module, input.values()), input.offsets())
+    assert [tuple(part.shape) for part in y.unbind()] == [(3, 12), (2, 12)]
+
+
+def test_fx_traces_what_draws_no_masks():
+    """A trace of a training forward would hold one mask for ever."""
+    model = nn.Sequential(mk.MixLinear.from_linear(linear_of(), p=0.5))
+    with pytest.raises(TypeError, match=r"^MixLinear: input: expected a tensor, got a torch\.fx\.Proxy: a layer that"):
+        torch.fx.symbolic_trace(model)
+    traced, x = torch.fx.symbolic_trace(model.eval()), torch.randn(7, 20)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_batched_gradients_by_the_reference():
+    module, x = mk.MixLinear.from_linear(linear_of(), p=0.5), torch.randn(3, 20)
+    with mk.kernels(backend="reference"):
+        y = run(module, x)
+        rows = torch.eye(36).reshape(36, 3, 12)
+        batched = torch.autograd.grad(y, module.weight, rows, is_grads_batched=True, retain_graph=True)[0]
+    for row, gradient in zip(rows, batched, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(y, module.weight, row, retain_graph=True)[0])
+
+
 def test_repr_says_what_it_is():
     module = mk.MixLinear.from_linear(linear_of(), p=0.25, mask="weight")
     assert repr(module) == (

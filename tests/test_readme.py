@@ -20,7 +20,13 @@ DOCUMENTATION = "https://mixout-kernels.github.io/mixout_kernels/"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 
 # Pages whose Python is run. The other recipes show the scripts of examples/, which tests/test_examples.py runs.
-RUN = ("README.md", "docs/index.md", "docs/recipes/checkpoints.md", "docs/recipes/parameters.md")
+RUN = (
+    "README.md",
+    "docs/index.md",
+    "docs/recipes/checkpoints.md",
+    "docs/recipes/layers.md",
+    "docs/recipes/parameters.md",
+)
 
 if not (ROOT / "README.md").exists():
     pytest.skip("the tests run without the source tree", allow_module_level=True)
