@@ -28,7 +28,9 @@ struct Draw {
   c10::SmallVector<int64_t, 4> strides;
   int64_t offset;
 
-  bool operator==(const Draw&) const = default;
+  bool operator==(const Draw& other) const {
+    return seed == other.seed && p == other.p && strides == other.strides && offset == other.offset;
+  }
 
   uint32_t threshold() const {
     TORCH_CHECK(p < 1, "mixout_kernels: a kernel mixes with p below 1, got p = ", p);
