@@ -92,8 +92,9 @@ def test_a_saved_model_is_the_source_of_its_own_targets(name, tmp_path):
     try:
         report = mk.apply_mixout(restarted, p=0.5, targets=tmp_path)
     except ValueError as error:
-        assert without_linears(error)
-        return
+        if without_linears(error):
+            return
+        raise
     for layer in report.mixed:
         target = restarted.get_submodule(layer).target
         assert torch.equal(target, pretrained[f"{layer}.weight"].to(target.dtype)), layer
@@ -112,8 +113,9 @@ def test_no_dropout_goes_on_that_the_report_does_not_name(name):
     try:
         report = mk.apply_mixout(model, p=0.5, exclude=())
     except ValueError as error:
-        assert without_linears(error)
-        return
+        if without_linears(error):
+            return
+        raise
     with torch.no_grad():
         first, second = (list(zoo.tensors(model(**batch))) for _ in range(2))
     same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
