@@ -6,7 +6,9 @@ from .convert import apply_mixout, remove_mixout
 from .divergence import symmetric_kl
 from .fisher import fisher, top_entries
 from .functional import keep_mask, mix_linear, mixout
+from .graddrop import GradDropReport, apply_graddrop, remove_graddrop
 from .guided import GuidedReport, apply_guided_dropout, guided_rates, layer_scores, remove_guided_dropout
+from .learning_rate import learning_rate_factor
 from .modules import MixConv1D, MixLinear
 from .r3f import apply_r3f, r3f_loss
 from .report import Report
@@ -17,11 +19,13 @@ from .targets import decay_to_target, targets_state_dict, track_targets
 __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_HEADS",
+    "GradDropReport",
     "GuidedReport",
     "MixConv1D",
     "MixLinear",
     "MixSampler",
     "Report",
+    "apply_graddrop",
     "apply_guided_dropout",
     "apply_mixout",
     "apply_r3f",
@@ -31,10 +35,12 @@ __all__ = [
     "keep_mask",
     "kernels",
     "layer_scores",
+    "learning_rate_factor",
     "mix_linear",
     "mixout",
     "r3f_loss",
     "reference",
+    "remove_graddrop",
     "remove_guided_dropout",
     "remove_mixout",
     "symmetric_kl",

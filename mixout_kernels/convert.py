@@ -88,7 +88,7 @@ def apply_mixout(
     """
     name = "apply_mixout"
     _check_model(name, model)
-    if any(isinstance(module, MixedLayer) for module in model.modules()):
+    if any(isinstance(module, MixedLayer) and module.is_mixed for module in model.modules()):
         raise ValueError(f"{name}: model: expected one without mixout; call remove_mixout(model) first")
     checks.kind(name, mask)
     rates = Rates(name, p)
@@ -123,11 +123,16 @@ def apply_mixout(
     )
     if not selection.chosen:
         raise ValueError(_nothing_to_mix(selection))
+    _check_graddrop(selection, mask)
     frozen_targets = _frozen_targets(selection, sources, target_dtype, mask)
 
     report = Report(p, mask, skipped=selection.skipped)
     for module, names, rate in selection.chosen:
-        to_mixed(module, p=rate, target=frozen_targets[id(module.weight)], mask=mask)
+        target = frozen_targets[id(module.weight)]
+        if isinstance(module, MixedLayer):  # with graddrop, which stays
+            module.target, module.p = target, rate
+        else:
+            to_mixed(module, p=rate, target=target, mask=mask)
         for layer in names:
             report.mixed[layer] = f"{type(module).__name__} {list(module.get_parameter('weight').shape)}, p={rate}"
             report.rates[layer] = rate
@@ -141,13 +146,14 @@ def apply_mixout(
 def remove_mixout(model: nn.Module) -> None:
     """Makes every mixed layer a plain one again, in place, and restores the dropout rates; trained weights stay.
 
-    A :class:`mixout_kernels.MixSampler` of the model is removed too. A rate that was set since is left as it is.
+    A :class:`mixout_kernels.MixSampler` of the model is removed too. A rate that was set since is left as it is. Layers
+    with :func:`mixout_kernels.apply_graddrop` keep it, and only that.
 
     Raises:
         ValueError: if there is no mixout in the model.
     """
     _check_model("remove_mixout", model)
-    layers = [module for module in model.modules() if isinstance(module, MixedLayer)]
+    layers = [m for m in model.modules() if isinstance(m, MixedLayer) and (m.is_mixed or not m.grad_p)]
     if not layers:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
     for layer in layers:
@@ -155,13 +161,25 @@ def remove_mixout(model: nn.Module) -> None:
     for sampler in {layer.slot.sampler for layer in layers if layer.slot is not None}:
         sampler.remove()
     for layer in layers:
-        to_plain(layer)
+        if layer.grad_p:
+            layer.p = 0.0
+        else:
+            to_plain(layer)
     dropout_rates.restore(model)
 
 
 def _check_model(function: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _check_graddrop(selection: Selection, mask: Mask) -> None:
+    for module, names, _ in selection.chosen:
+        if isinstance(module, MixedLayer) and module.grad_p and module.mask != mask:
+            raise ValueError(
+                f"apply_mixout: mask: expected {module.mask!r}, the mask of its graddrop, for {names[0]!r}, got "
+                f"{mask!r}"
+            )
 
 
 def _frozen_targets(

@@ -14,7 +14,7 @@ from . import checks
 from .functional import Mask, mix_linear
 
 # What a mixed layer has and a plain one has not.
-_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "slot", "host_target")
+_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "slot", "host_target")
 
 
 class MixedLayer(nn.Module):
@@ -32,11 +32,17 @@ class MixedLayer(nn.Module):
     rescale: bool
     mask: Mask
     target: Tensor | None = None
+    block: str | None = None  # of apply_graddrop(mask="layer"): whose decision is this layer's
     slot: Any = None  # this layer's place in a MixSampler
     host_target: bool = False  # a sampler keeps the target in host memory: it stays where it is
     plain_class: ClassVar[type[nn.Module]]  # what ``to_plain`` goes back to
     weight: Tensor
     bias: Any  # a Parameter or None; Any, since it is Linear that says so
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether it has mixout, or dropout of its weight, rather than a masked gradient alone."""
+        return self.p > 0 or self.target is not None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as ``[out, in]``: a view."""
@@ -237,6 +243,11 @@ class MixConv1D(MixedLayer):
         target = frozen_copy(conv.get_parameter("weight")) if target is None else target
         to_mixed(module, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)
         return module
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether it has mixout, or dropout of its weight, rather than a masked gradient alone."""
+        return self.p > 0 or self.target is not None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         return tensor.t()

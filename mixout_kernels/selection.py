@@ -265,7 +265,7 @@ def select(
             continue
         parents = [model.get_submodule(other.rpartition(".")[0]) for other in names if other]
         reason = (
-            _reason_of_class(module, names, parents, allowed)
+            reason_of_class(module, names, parents, allowed)
             or _reason_of_patterns(names, included, excluded)
             or ("no pattern of p matches it" if all(rates.of(other) is None for other in names) else None)
             or _reason_of_policy(parents, policy)
@@ -299,11 +299,11 @@ def _allowed_subclasses(function: str, subclasses: bool | Iterable[type]) -> Cal
     return lambda cls: cls in listed
 
 
-def _reason_of_class(
+def reason_of_class(
     module: nn.Module, names: list[str], parents: list[nn.Module], allowed: Callable[[type], bool]
 ) -> str | None:
     cls = type(module)
-    if isinstance(module, MixedLayer):
+    if isinstance(module, MixedLayer) and module.is_mixed:
         return "mixed already"
     for name, parent in zip(names, parents, strict=False):
         for ancestor in type(parent).__mro__:
@@ -312,7 +312,8 @@ def _reason_of_class(
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not a Parameter"
     # FSDP's class is the user's Linear all the same, with a sharded weight that apply_mixout refuses.
-    plain = cls is nn.Linear or is_conv1d(module) or cls.__module__.startswith("torch.distributed.")
+    sharded = cls.__module__.startswith("torch.distributed.")
+    plain = cls is nn.Linear or is_conv1d(module) or isinstance(module, MixedLayer) or sharded
     if not plain and not allowed(cls):
         own = "with a forward of its own" if cls.forward is not nn.Linear.forward else "on request: subclasses=True"
         return f"{cls.__name__} is a subclass of Linear ({own})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ..gradient_masks import GradientMasks, gradient_masks_of
+from ..modules import MixedLayer
 from . import host_memory, ranks
 from .layers import LayerDraw, full_names
 from .phi import MixedAhead, Phi
@@ -97,15 +99,17 @@ class MixSampler:
         if seed is None:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).item())
         seed = ranks.agree(seed, layers, process_group, same_on_all_ranks)  # also without layers: others wait for it
-        if not layers:
+        masks = gradient_masks_of(model)
+        if not layers and masks is None:
             raise ValueError(
-                "MixSampler: model: expected one with mixout layers; call apply_mixout(model, p=...) first"
+                "MixSampler: model: expected one with mixout layers or graddrop; call apply_mixout(model, p=...) first"
             )
         groups = groups_of(layers, share_masks)
         self.every, self.same_on_all_ranks = every, same_on_all_ranks
         self.premix, self.host_targets = True if host_targets else premix, host_targets
-        self._seeds = Seeds(seed, every, ["+".join(names) for names in groups])
-        self._steps = Steps(list(layers.values()))
+        names, numbers = _names_of_masks(groups, layers, masks, prefix)
+        self._seeds = Seeds(seed, every, names)
+        self._steps = Steps(list(layers.values()), tuple if masks is None else masks.parameters)
         phis = [
             Phi(layers[name], LayerDraw(layers[name], self._seeds, number))
             for number, names in enumerate(groups)
@@ -123,6 +127,9 @@ class MixSampler:
             host_memory.to_host(list(layers.values()))
         for slot in self._slots:
             slot.layer.slot = slot
+        self._masks = masks
+        if masks is not None:
+            masks.bind(self, self._seeds, numbers)
         _follow_optimizers()
         _alive.add(self)
 
@@ -167,6 +174,8 @@ class MixSampler:
         present = [slot for slot in self._slots if slot.layer.slot is slot]
         for slot in present:
             slot.layer.slot = None
+        if self._masks is not None:
+            self._masks.unbind(self)
         if self.host_targets:
             host_memory.to_device([slot.layer for slot in present])
 
@@ -220,6 +229,25 @@ def _check_arguments(model: nn.Module, every: float, premix: bool | None, host_t
         raise ValueError(f"MixSampler: seed: expected an int of 64 bits or None, got {seed!r}")
 
 
+def _names_of_masks(
+    groups: list[list[str]], layers: Mapping[str, MixedLayer], masks: GradientMasks | None, prefix: str
+) -> tuple[list[str], dict[str, int]]:
+    """What the masks are hashed from: the names of the layers that share one, and of what graddrop masks beside them,
+    and the numbers of the latter by the names that it gives them.
+    """
+    names, numbers = [], {}
+    for number, group in enumerate(groups):
+        block = layers[group[0]].block
+        names.append("+".join(group) if block is None else prefix + block)
+        if block is not None:
+            numbers[block] = number
+    for name in () if masks is None else masks.names():
+        if name not in numbers:
+            numbers[name] = len(names)
+            names.append(prefix + name)
+    return names, numbers
+
+
 # One pair of hooks for all samplers, which stays: torch iterates over its dict of hooks, and one that the garbage
 # collector took away at that moment, with its sampler, was an error in the optimizer's step.
 _alive: weakref.WeakSet[MixSampler] = weakref.WeakSet()
@@ -237,6 +265,8 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
         parameters = _parameters(optimizer)
         for sampler in samplers:
             sampler._steps.before(optimizer, parameters)
+            if sampler._masks is not None:
+                sampler._masks.let_go_of_blocks(parameters)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:

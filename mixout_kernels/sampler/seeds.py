@@ -17,6 +17,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .. import reference
+from ..draws import Draw
+
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, SplitMix64's increment
 # mix: z = (z ^ z >>> shift) * factor, for each of these, and a last z ^ z >>> 31.
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -61,6 +64,8 @@ class Seeds:
         self.every = every
         self.names = tuple(names)
         self.draws = 0  # how often keys were drawn, for what must not outlive a draw
+        self._host_step = 0  # as far as the host knows: it counts a step that GradScaler skips on a device
+        self._dropped: dict[tuple[int, float], bool] = {}  # of the present draw
         self._devices: dict[torch.device, _DeviceSeeds] = {}
 
     @property
@@ -77,6 +82,14 @@ class Seeds:
             self._devices[device].draw(self.every)
         return self._devices[device].keys[number : number + 1]
 
+    def drops(self, number: int, p: float) -> bool:
+        """The decision of a mask that has one alone, word 0 of its key, without a look at a device."""
+        if (number, p) not in self._dropped:
+            draw = 0 if self.every == math.inf else self._host_step // int(self.every)
+            key = torch.tensor([key_of(self.seed, self.names[number], draw)])
+            self._dropped[number, p] = not reference.decisions(Draw(key, p, (0,)), [1]).item()
+        return self._dropped[number, p]
+
     def keep(self, devices: Iterable[torch.device]) -> None:
         """Drops the counters of all other devices."""
         used = set(devices)
@@ -85,6 +98,7 @@ class Seeds:
     def advance(self, steps: int | Tensor) -> None:
         for device, seeds in self._devices.items():
             seeds.step.add_(steps.to(device) if isinstance(steps, Tensor) else steps)
+        self._host_step += 1 if isinstance(steps, Tensor) and steps.device.type != "cpu" else int(steps)
         self._draw()
 
     def restart(self, seed: int, step: int) -> None:
@@ -92,12 +106,14 @@ class Seeds:
         for seeds in self._devices.values():
             seeds.restart(self._starts())
             seeds.step.fill_(step)
+        self._host_step = step
         self._draw()
 
     def _draw(self) -> None:
         for seeds in self._devices.values():
             seeds.draw(self.every)
         self.draws += 1
+        self._dropped.clear()
 
     def _starts(self) -> list[int]:
         return [signed(start_of(self.seed, name) + GOLDEN) for name in self.names]

@@ -37,7 +37,7 @@ def groups_of(layers: Mapping[str, MixedLayer], share_masks: Iterable[Sequence[s
     for name, layer in layers.items():
         parent, _, attribute = name.rpartition(".")
         weight = layer.matrix(layer.weight)
-        key: Any = name
+        key: Any = name if layer.block is None else ("block", layer.block)
         if attribute in together and shares_columns(strides_of(layer.mask, weight.shape)):
             key = parent, together[attribute], layer.p, layer.grad_p, weight.shape[1]
         groups.setdefault(key, []).append(name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import MixedWeight
 from ..functional import compute_dtype, sampled_linear
+from ..gradient_masks import without_gradient
 from ..modules import MixedLayer
 from . import host_memory
 from .layers import LayerDraw
@@ -67,6 +68,11 @@ class Slot:
         if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
             self._steps.note_forward(self.layer)
         present, gradient = draw.now(weight.shape)
+        if self.layer.block is not None and self._seeds.drops(draw.mask, self.layer.grad_p):
+            # Nothing is saved, and no gradient is made of zeros.
+            phi = MixedWeight(weight.detach(), None, None, present)
+            y, _ = sampled_linear(input, phi, None if bias is None else bias.detach(), gradient)
+            return without_gradient(y, weight, bias)
         dtype = compute_dtype(input)
         operand = self._ahead.operand(self.phi, dtype, present)
         if self._ahead.host_targets:  # with Phi, or with the weight itself, neither pass needs the target

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,9 +47,11 @@ class _Before(NamedTuple):
 class Steps:
     """Counts steps for one sampler. Decides only: what follows from a step is the sampler's to do."""
 
-    def __init__(self, layers: Sequence[MixedLayer]) -> None:
+    def __init__(self, layers: Sequence[MixedLayer], others: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        """``others``: Parameters that count as mixed weights do, though no layer holds them."""
         self.seen = False  # a step was counted, or the user counts by hand
         self._layers = layers
+        self._others = others
         self._counts = 0
         self._stepped: frozenset[int] = frozenset()  # in the present round
         self._held: weakref.WeakKeyDictionary[Optimizer, tuple[Ids, Ids, frozenset[int]]]
@@ -142,6 +144,7 @@ class Steps:
                 yield weight
             else:
                 yield from _behind_weight(layer)
+        yield from self._others()
 
 
 def _behind_weight(layer: MixedLayer) -> list[nn.Parameter]:

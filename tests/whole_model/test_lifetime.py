@@ -165,7 +165,7 @@ def test_seed_must_be_an_int_of_64_bits(seed):
 
 
 def test_a_model_without_mixout():
-    with pytest.raises(ValueError, match=r"MixSampler: model: expected one with mixout layers; call apply_mixout"):
+    with pytest.raises(ValueError, match=r"MixSampler: model: expected one with mixout layers or graddrop; call apply"):
         mk.MixSampler(models.mlp())
 
 
