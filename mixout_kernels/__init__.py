@@ -4,6 +4,7 @@ from . import reference
 from .backends import kernels
 from .convert import apply_mixout, remove_mixout
 from .divergence import symmetric_kl
+from .evidence import DEFAULT_HEADS
 from .fisher import fisher, top_entries
 from .functional import keep_mask, mix_linear, mixout
 from .graddrop import GradDropReport, apply_graddrop, remove_graddrop
@@ -13,7 +14,6 @@ from .modules import MixConv1D, MixLinear
 from .r3f import apply_r3f, r3f_loss
 from .report import Report
 from .sampler import MixSampler
-from .selection import DEFAULT_HEADS
 from .targets import decay_to_target, targets_state_dict, track_targets
 
 __version__ = "0.1.0"

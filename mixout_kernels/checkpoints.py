@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .selection import names_by_parameter
+from .evidence import names_by_parameter
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
 

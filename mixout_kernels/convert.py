@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from . import checks, dropout_rates
 from .checkpoints import Pretrained, Source
+from .evidence import Evidence
 from .functional import Mask
 from .modules import MixedLayer, frozen_copy, to_mixed, to_plain
+from .patterns import Rates
 from .report import Report
-from .selection import Evidence, Policy, Rates, Selection, is_linear, linear_layers, select
+from .selection import Policy, Selection, is_linear, linear_layers, select
 
 
 def apply_mixout(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .example_gradients import ExampleGradients
-from .selection import matches, patterns
+from .patterns import matches, patterns
 
 Losses = Callable[[nn.Module, Any], Tensor]
 

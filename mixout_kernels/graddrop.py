@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .evidence import DEFAULT_HEADS, own_patterns
 from .functional import Mask
 from .gradient_masks import Block, Drawn, Fixed, GradientMasks, Place, gradient_masks_of
 from .modules import MixedLayer, is_conv1d, to_mixed, to_plain
-from .selection import DEFAULT_HEADS, Rates, each_must_match, matches, own_patterns, patterns, reason_of_class
+from .patterns import Rates, each_must_match, matches, patterns
+from .selection import reason_of_class
 
 
 @dataclass

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from .dropout_rates import rates_of
-from .selection import DEFAULT_HEADS, matches, patterns
+from .evidence import DEFAULT_HEADS
+from .patterns import matches, patterns
 
 # The attribute in which a module keeps the rates that it had, and those that it was given.
 _RATES_ATTRIBUTE = "_dropout_before_guided"

@@ -244,11 +244,6 @@ class MixConv1D(MixedLayer):
         to_mixed(module, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)
         return module
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether it has mixout, or dropout of its weight, rather than a masked gradient alone."""
-        return self.p > 0 or self.target is not None
-
     def matrix(self, tensor: Tensor) -> Tensor:
         return tensor.t()
 

@@ -1,10 +1,9 @@
-"""Which layers of a model are mixed: patterns, a p for each, evidence that a weight is pretrained, reasons against."""
+"""Which layers of a model are mixed, each with its p, and the reason against every other one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -12,70 +11,11 @@ from torch import Tensor, nn
 
 from . import checks
 from .dropout_rates import rates_of
+from .evidence import own_patterns
 from .modules import MixedLayer, forward_reaches_class, is_conv1d
+from .patterns import Rates, each_must_match, matches, patterns
 
 Policy = Literal["linear", "with-dropout"]
-
-# Heads that transformers, timm and peft add to a pretrained model and initialise at random, by name: the last resort
-# where nothing tells what is pretrained. (The paper's section 6.2 mixes a new head with its own initial weight: pass
-# exclude=() for that.)
-DEFAULT_HEADS = (
-    "classifier",
-    "score",
-    "qa_outputs",
-    "qa_classifier",
-    "pre_classifier",
-    "classification_head",
-    "logits_proj",
-    "sequence_summary",
-    "multiple_choice_head",
-    "regressor",
-    "projector",
-    "dist_head",
-    "cls_classifier",
-    "distillation_classifier",
-    "classifier_distill",
-    "class_labels_classifier",
-    "bbox_predictor",
-    "class_embed",
-    "bbox_embed",
-    "enc_score_head",
-    "enc_bbox_head",
-    "class_head",
-    "box_head",
-    "class_predictor",
-    "readout_projects",
-    "itm_head",
-    "tdnn",
-    "prompt_encoder",
-    "lora_*",
-)
-
-# New layers under names that are pretrained in other models: class of the model (a pattern), then names within it.
-NEW_IN_CLASS = (
-    ("Deberta*ForSequenceClassification", ("pooler",)),
-    ("Deberta*ForMultipleChoice", ("pooler",)),
-    ("*RobertaForMultipleChoice", ("roberta.pooler",)),
-    ("EuroBertFor*Classification", ("dense",)),
-    ("ModernBertDecoderForSequenceClassification", ("head",)),
-    ("ModernVBertFor*Classification", ("head",)),
-    ("GteFor*", ("gte.pooler",)),
-    ("NomicBertFor*", ("nomic_bert.pooler",)),
-    ("PerceiverFor*", ("perceiver.decoder",)),
-    ("SwiftFormerForImageClassification", ("head",)),
-    ("HGNetV2ForImageClassification", ("fc",)),
-    ("TextNetForImageClassification", ("fc",)),
-    ("VJEPA2ForVideoClassification", ("pooler",)),
-    ("VideoPrismForVideoClassification", ("head",)),
-    ("*ForCTC", ("lm_head",)),
-    ("*ForXVector", ("feature_extractor",)),
-    ("SegformerForSemanticSegmentation", ("decode_head",)),
-    ("PatchTST*For*", ("head",)),
-    ("PatchTSMixerFor*", ("head",)),
-    ("PrefixEncoder", ("transform",)),
-)
-# The same for every model of timm, by the module of its class.
-NEW_IN_TIMM = ("head", "head.fc", "fc", "head_dist")
 
 # Linear layers whose module is seldom or never called, since the class around them reads their weight itself.
 READ_ELSEWHERE = {
@@ -97,68 +37,6 @@ READ_ELSEWHERE = {
 }
 
 
-def matches(name: str, pattern: str) -> bool:
-    """A shell pattern matches the whole dotted name or one of its parts."""
-    return fnmatchcase(name, pattern) or any(fnmatchcase(part, pattern) for part in name.split("."))
-
-
-def patterns(function: str, argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise TypeError(f"{function}: {argument}: expected a list of patterns, got the string {patterns!r}")
-    found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{function}: {argument}: expected a list of patterns, got {patterns!r}")
-    return found
-
-
-def each_must_match(
-    function: str, argument: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear layer"
-) -> None:
-    """A pattern that matches nothing is a typo, and would be a silent one."""
-    names = list(names)
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(
-                f"{function}: {argument}: expected patterns that match a {what} of the model, got {pattern!r}, which "
-                f"matches none of {len(names)}: {', '.join(names[:8])}"
-            )
-
-
-def own_patterns(excluded: Iterable[str]) -> list[str]:
-    """Those that the user wrote: default heads that this model has not are no typos."""
-    return [pattern for pattern in excluded if pattern not in DEFAULT_HEADS]
-
-
-class Rates:
-    """p for each layer: one number, or the first matching pattern's."""
-
-    def __init__(self, function: str, p: float | Mapping[str, float]) -> None:
-        self.function = function
-        self.of_pattern = dict(p) if isinstance(p, Mapping) else {"*": p}
-        for pattern, rate in self.of_pattern.items():
-            if not isinstance(pattern, str):
-                raise TypeError(f"{function}: p: expected patterns as keys, got {pattern!r}")
-            checks.probability(function, "p" if pattern == "*" else f"p[{pattern!r}]", rate)
-
-    def of(self, name: str) -> float | None:
-        pattern = self._pattern(name)
-        return None if pattern is None else self.of_pattern[pattern]
-
-    def _pattern(self, name: str) -> str | None:
-        return next((pattern for pattern in self.of_pattern if matches(name, pattern)), None)
-
-    def each_must_apply(self, names: Iterable[str]) -> None:
-        names = list(names)
-        if not names:
-            return
-        used = {self._pattern(name) for name in names}
-        for pattern in self.of_pattern:
-            if pattern not in used:
-                earlier = any(matches(name, pattern) for name in names)
-                why = "only layers that an earlier pattern has taken" if earlier else "no linear layer of the model"
-                raise ValueError(f"{self.function}: p: expected patterns that match, got {pattern!r}: it matches {why}")
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer under each of its names."""
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
@@ -166,60 +44,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, MixedLayer)) or is_conv1d(module)
-
-
-def names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
-    """By the id of a Parameter: all names that it has in the model, of which tied ones have several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
-
-
-class Evidence:
-    """What tells that a parameter is pretrained: the loader's marks, missing keys, and names, the best that there is.
-
-    transformers sets ``_is_hf_initialized`` on each Parameter that came from the checkpoint. Only where no Parameter
-    of the model has that mark, and no missing keys are given, do names decide.
-    """
-
-    def __init__(self, model: nn.Module, missing_keys: Iterable[str] | None) -> None:
-        self._names = names_by_parameter(model)
-        self._marked = {
-            id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)
-        }
-        self._missing = None if missing_keys is None else set(missing_keys)
-        self._new_names = list(_new_names(model))
-
-    def reason_against(self, parameter: Tensor) -> str | None:
-        """Why this parameter is held for a new one; None for a pretrained one."""
-        names = self._names.get(id(parameter), [])
-        if self._missing is not None and any(name in self._missing for name in names):
-            return "new: missing_keys has it"
-        if self._marked:
-            return None if id(parameter) in self._marked else "new: from_pretrained did not load it"
-        return None if self._missing is not None else self.named_as_new(parameter)
-
-    def named_as_new(self, parameter: Tensor) -> str | None:
-        """By its names alone."""
-        for name in self._names.get(id(parameter), []):
-            for prefix, pattern in self._new_names:
-                if name.startswith(prefix) and matches(name.removeprefix(prefix), pattern):
-                    return f"excluded by {pattern!r}: new, by its name"
-        return None
-
-
-def _new_names(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Pairs of a prefix, and a pattern for what follows it."""
-    yield from (("", pattern) for pattern in DEFAULT_HEADS)
-    for name, module in model.named_modules():
-        prefix, cls = f"{name}." if name else "", type(module)
-        for pattern, heads in NEW_IN_CLASS:
-            if fnmatchcase(cls.__name__, pattern):
-                yield from ((prefix, f"{head}.*") for head in heads)
-        if cls.__module__.startswith("timm.models"):
-            yield from ((prefix, f"{head}.weight") for head in NEW_IN_TIMM)
-            yield from ((prefix, f"{head}.bias") for head in NEW_IN_TIMM)
 
 
 @dataclass

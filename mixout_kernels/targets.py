@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .checkpoints import Pretrained, Source
+from .evidence import Evidence, own_patterns
 from .modules import MixedLayer, frozen_copy
 from .optimizers import step_taken
-from .selection import Evidence, each_must_match, matches, own_patterns, patterns
+from .patterns import each_must_match, matches, patterns
 
 
 def decay_to_target(
