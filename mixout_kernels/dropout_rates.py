@@ -54,11 +54,10 @@ def disable(model: nn.Module, mixed: Iterable[str]) -> tuple[dict[str, str], dic
     changed, left = {}, {}
     adapters = _adapter_prefixes(model, tuple(mixed))
     for name, module in model.named_modules():
-        depth = depth_rates_of(module)
-        rates = rates_of(module)
-        if depth:
+        if depth := depth_rates_of(module):
             left[name] = f"{_listed(depth)}: stochastic depth, which mixout does not replace"
-        elif rates and name.startswith(adapters):
+        rates = rates_of(module)
+        if rates and name.startswith(adapters):
             left[name] = f"{_listed(rates)}: of an adapter, whose layers are not mixed"
         elif rates:
             module.__dict__[_RATES_ATTRIBUTE] = rates

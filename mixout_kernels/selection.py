@@ -19,7 +19,6 @@ Policy = Literal["linear", "with-dropout"]
 
 # Linear layers whose module is seldom or never called, since the class around them reads their weight itself.
 READ_ELSEWHERE = {
-    "MultiheadAttention": ("out_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "MambaMixer": ("x_proj", "dt_proj", "out_proj"),  # dt_proj everywhere, the others by the kernels for GPUs
     "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
@@ -130,6 +129,8 @@ def reason_of_class(
     if isinstance(module, MixedLayer) and module.is_mixed:
         return "mixed already"
     for name, parent in zip(names, parents, strict=False):
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight itself, without its forward"
         for ancestor in type(parent).__mro__:
             if name.rpartition(".")[2] in READ_ELSEWHERE.get(ancestor.__name__, ()):
                 return f"{type(parent).__name__} reads its weight itself, without its forward"

@@ -85,7 +85,7 @@ def test_report_lists_every_module_with_what_was_done():
     assert report.mask == "neuron"
     assert report.mixed["blocks.0.query"] == "MixLinear [8, 8], p=0.7"
     assert report.skipped == {
-        "attention.out_proj": "MultiheadAttention reads its weight itself, without its forward",
+        "attention.out_proj": "nn.MultiheadAttention reads its weight itself, without its forward",
         "classifier": "excluded by 'classifier': new, by its name",
         "embedding.weight": "Embedding, a Parameter [11, 8]: mixout() mixes it where it is read",
         "attention.in_proj_weight": "MultiheadAttention, a Parameter [24, 8]: mixout() mixes it where it is read",

@@ -105,9 +105,9 @@ def test_dropout_modules_of_any_name(make):
 
 
 def test_stochastic_depth_goes_on_and_is_listed():
-    model = Net(path=DropPath(0.2), layerdrop=0.1)
+    model = Net(path=DropPath(0.2), layerdrop=0.1, dropout=0.3)  # BART's encoder has both
     report = mk.apply_mixout(model, p=0.5)
-    assert report.dropout == {}
+    assert report.dropout == {"": "dropout 0.3 -> 0"}
     assert report.dropout_left == {
         "": "layerdrop 0.1: stochastic depth, which mixout does not replace",
         "path": "drop_prob 0.2: stochastic depth, which mixout does not replace",

@@ -209,7 +209,7 @@ def test_subclasses_that_are_none(subclasses):
 def test_attention_reads_its_output_projection_itself_whatever_is_allowed():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     report = mk.apply_mixout(model, p=0.5, subclasses=True)
-    assert report.skipped["self_attn.out_proj"] == "MultiheadAttention reads its weight itself, without its forward"
+    assert report.skipped["self_attn.out_proj"] == "nn.MultiheadAttention reads its weight itself, without its forward"
 
 
 @pytest.mark.parametrize(

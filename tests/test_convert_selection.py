@@ -342,3 +342,12 @@ def test_check_names_the_layers_that_were_replaced():
     model["body"][0].query = nn.Linear(8, 8)
     with pytest.raises(ValueError, match=r"got 1 that are mixed no longer: body\.0\.query; call remove_mixout"):
         report.check(model)
+
+
+def test_an_attention_of_ones_own_calls_its_output_projection():
+    class MultiheadAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out_proj = nn.Linear(8, 8)
+
+    assert set(mk.apply_mixout(nn.ModuleDict({"a": MultiheadAttention()}), p=0.5).mixed) == {"a.out_proj"}
