@@ -133,8 +133,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #else
   module.def(
       "emulate",
-      [](bool descending, int shared_bytes) { emulation::options = {descending, shared_bytes}; },
-      py::arg("descending"), py::arg("shared_bytes"),
+      [](const std::string& order, uint64_t seed, int shared_bytes) {
+        using emulation::Order;
+        if (order != "ascending" && order != "descending" && order != "random")
+          throw std::runtime_error("emulate: order: expected ascending, descending or random, got " + order);
+        emulation::options = {
+            order == "random" ? Order::random : order == "ascending" ? Order::ascending : Order::descending,
+            shared_bytes};
+        emulation::machine.random_state = seed;
+      },
+      py::arg("order") = "random", py::arg("seed") = 1, py::arg("shared_bytes") = 99 * 1024,
       "The order in which blocks and threads run, and the shared memory that a block can ask for.");
 #endif
 }

@@ -1,229 +1,75 @@
-// The host version of intrinsics.h: one block at a time, each of its threads a fiber.
+// The host version of intrinsics.h, on the machine of host_machine.h.
 //
-// It is stricter than a GPU where that finds mistakes. Threads run one after the other, each warp as far as it gets
-// before the next one starts, in ascending or in descending order: a missing barrier then reads what has not been
-// written. Shared memory starts as NaN. An asynchronous copy poisons its destination when it is issued and delivers
-// only when it is waited for. Writing past the shared memory that was asked for aborts.
+// An asynchronous copy poisons its destination when it is issued and delivers only when it is waited for. What a thread
+// stores for other blocks reaches memory when it fences, and those see it that have an atomic operation and a fence after
+// that. This is stricter than the memory model of PTX in one point: a fence speaks for its own thread alone.
 #pragma once
 
-#include <algorithm>
-#include <csetjmp>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
+#include <cmath>
 
-#include <ucontext.h>
+#include "host_machine.h"
 
 #define MIXOUT_DEVICE inline
 #define MIXOUT_KERNEL(threads, blocks) void
 #define MIXOUT_PARAMETER const
 
-struct float4 {
-  float x, y, z, w;
-};
-
 namespace mixout::cuda {
 
-namespace emulation {
-
-struct Options {
-  bool descending = false;       // the order of blocks and threads
-  int shared_bytes = 99 * 1024;  // the most a block can ask for: what sm_86, sm_89 and sm_120 have
-};
-inline Options options;
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-};
-
-struct Barrier {
-  int arrived = 0;
-  unsigned generation = 0;
-};
-
-struct Fiber {
-  ucontext_t first;
-  jmp_buf resume;
-  std::unique_ptr<char[]> stack;
-  bool started, finished;
-  std::vector<std::vector<Copy>> copies;  // groups; the last one is not committed yet
-};
-
-// What the lanes of a warp show each other. Two of them in turn: a lane can be one operation ahead of its warp.
-struct Exchange {
-  uint32_t value[2][kWarpSize];
-  const void* row[2][kWarpSize];
-  uint32_t a[2][kWarpSize][4], b[2][kWarpSize][2];
-  float product[2][16][8];
-  unsigned turn[kWarpSize];
-  Barrier barrier;
-};
-
-constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kGuardBytes = 1024;
-constexpr unsigned char kPoison = 0xFF;
-
-struct Machine {
-  int64_t block[3], blocks[3];
-  int threads, current, finished;
-  std::vector<Fiber> fibers;
-  std::vector<Exchange> warps;
-  Barrier barrier;
-  std::unique_ptr<Vector128[]> shared;
-  std::function<void()> body;
-  jmp_buf done;
-};
-inline Machine machine;
-
-inline int thread() { return options.descending ? machine.threads - 1 - machine.current : machine.current; }
-inline Exchange& warp() { return machine.warps[thread() / kWarpSize]; }
-inline Fiber& fiber() { return machine.fibers[machine.current]; }
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "mixout_kernels emulation: %s\n", what);
-  std::abort();
-}
-
-inline void resume(int next) {
-  machine.current = next;
-  Fiber& to = machine.fibers[next];
-  // ucontext only starts a fiber; its switches save the signal mask, a system call each.
-  if (to.started) _longjmp(to.resume, 1);
-  to.started = true;
-  setcontext(&to.first);
-}
-
-// The next unfinished fiber of the `size` ones from `first` on, in a ring.
-inline void yield(int first, int size) {
-  int next = machine.current;
-  do next = first + (next - first + 1) % size;
-  while (machine.fibers[next].finished);
-  if (next != machine.current && _setjmp(fiber().resume) == 0) resume(next);
-}
-
-inline void wait(Barrier& barrier, int first, int size) {
-  if (++barrier.arrived == size) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
-  const unsigned generation = barrier.generation;
-  for (int64_t spins = 0; barrier.generation == generation; ++spins) {
-    if (spins == 100'000) fail("a barrier was not reached by all threads");
-    yield(first, size);
-  }
-}
-
-// Deposits with `show`, waits for the warp; `last` runs once, in the lane that arrives last. Returns the turn.
-template <typename Show, typename Last>
-unsigned exchange(const Show& show, const Last& last) {
-  Exchange& own = warp();
-  const int lane = thread() % kWarpSize;
-  const unsigned turn = own.turn[lane]++ % 2;
-  show(own, turn, lane);
-  if (own.barrier.arrived == kWarpSize - 1) last(own, turn);
-  wait(own.barrier, machine.current / kWarpSize * kWarpSize, kWarpSize);
-  return turn;
-}
-
-inline void run_fiber() {
-  machine.body();
-  fiber().finished = true;
-  if (++machine.finished == machine.threads) _longjmp(machine.done, 1);
-  int next = machine.current;
-  do next = (next + 1) % machine.threads;
-  while (machine.fibers[next].finished);
-  resume(next);
-}
-
-inline void run_block(int shared_bytes) {
-  auto* memory = reinterpret_cast<unsigned char*>(machine.shared.get());
-  std::memset(memory, kPoison, shared_bytes + kGuardBytes);
-  machine.finished = 0;
-  machine.barrier = {};
-  machine.warps.assign(machine.threads / kWarpSize, Exchange{});
-  for (int i = 0; i < machine.threads; ++i) {
-    Fiber& f = machine.fibers[i];
-    if (!f.stack) f.stack = std::make_unique<char[]>(kStackBytes);
-    f.started = f.finished = false;
-    f.copies.assign(1, {});
-    getcontext(&f.first);
-    f.first.uc_stack.ss_sp = f.stack.get();
-    f.first.uc_stack.ss_size = kStackBytes;
-    f.first.uc_link = nullptr;
-    makecontext(&f.first, run_fiber, 0);
-  }
-  if (_setjmp(machine.done) == 0) resume(0);
-  for (int i = 0; i < kGuardBytes; ++i)
-    if (memory[shared_bytes + i] != kPoison) fail("a kernel wrote past its shared memory");
-}
-
-// Blocks run one after the other.
-template <typename Body>
-void run_grid(const int64_t (&blocks)[3], int threads, int shared_bytes, const Body& body) {
-  if (threads % kWarpSize != 0) fail("a block is not a whole number of warps");
-  if (shared_bytes > options.shared_bytes) fail("a kernel asks for more shared memory than the device has");
-  machine.threads = threads;
-  machine.fibers.resize(std::max<size_t>(machine.fibers.size(), threads));
-  machine.shared = std::make_unique<Vector128[]>((shared_bytes + kGuardBytes) / sizeof(Vector128) + 1);
-  machine.body = body;
-  std::copy(blocks, blocks + 3, machine.blocks);
-  const int64_t count = blocks[0] * blocks[1] * blocks[2];
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t block = options.descending ? count - 1 - i : i;
-    machine.block[0] = block % blocks[0];
-    machine.block[1] = block / blocks[0] % blocks[1];
-    machine.block[2] = block / blocks[0] / blocks[1];
-    run_block(shared_bytes);
-  }
-}
-
-}  // namespace emulation
-
-inline int thread_index() { return emulation::thread(); }
-inline int64_t block_x() { return emulation::machine.block[0]; }
-inline int64_t block_y() { return emulation::machine.block[1]; }
-inline int64_t block_z() { return emulation::machine.block[2]; }
+inline int thread_index() { return emulation::machine.thread; }
+inline int64_t block_x() { return emulation::block().index[0]; }
+inline int64_t block_y() { return emulation::block().index[1]; }
+inline int64_t block_z() { return emulation::block().index[2]; }
 inline int64_t blocks_x() { return emulation::machine.blocks[0]; }
 inline int64_t blocks_y() { return emulation::machine.blocks[1]; }
 inline int64_t blocks_z() { return emulation::machine.blocks[2]; }
 
-inline void synchronize_block() { emulation::wait(emulation::machine.barrier, 0, emulation::machine.threads); }
-inline void device_fence() {}
+inline void synchronize_block() { emulation::wait_for_block(); }
+inline void device_fence() {
+  emulation::publish();
+  emulation::maybe_switch();
+}
 inline uint32_t atomic_add(uint32_t* counter, uint32_t value) {
+  emulation::maybe_switch();
   const uint32_t before = *counter;
   *counter += value;
+  emulation::block().acquired = emulation::machine.publications;
+  emulation::maybe_switch();
   return before;
 }
 inline uint32_t warp_sum(uint32_t value) {
   const unsigned turn = emulation::exchange([=](auto& e, unsigned t, int lane) { e.value[t][lane] = value; },
                                             [](auto&, unsigned) {});
   uint32_t sum = 0;
-  for (const uint32_t v : emulation::warp().value[turn]) sum += v;
+  for (const uint32_t v : emulation::warp().exchange.value[turn]) sum += v;
   return sum;
 }
 inline uint32_t warp_ballot(bool predicate) {
   return warp_sum(predicate ? 1u << thread_index() % kWarpSize : 0u);
 }
 inline uint32_t count_bits(uint32_t word) { return static_cast<uint32_t>(__builtin_popcount(word)); }
-inline float4 load_coherent(const float4* from) { return *from; }
+inline void store_coherent(float4* to, const float4& value) {
+  emulation::fiber().stores.push_back({to, value});
+  emulation::maybe_switch();
+}
+inline float4 load_coherent(const float4* from) {
+  emulation::maybe_switch();
+  const auto found = emulation::machine.published.find(from);
+  if (found != emulation::machine.published.end() && found->second <= emulation::fiber().seen) return *from;
+  return {NAN, NAN, NAN, NAN};
+}
 inline int64_t load_acquire(const int64_t* from) { return *from; }
 inline void store_vector(Vector128* to, const Vector128& vector) {
   if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a vector is not stored at a multiple of 16 bytes");
   *to = vector;
 }
-inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(emulation::machine.shared.get()); }
+inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(emulation::block().shared.get()); }
 
 inline void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulation::fail("an asynchronous copy is not aligned to 16 bytes");
   std::memset(shared, emulation::kPoison, 16);
   emulation::fiber().copies.back().push_back({shared, global, bytes});
+  emulation::maybe_switch();
 }
 inline void copy_async_commit() { emulation::fiber().copies.emplace_back(); }
 inline void copy_async_wait(int pending) {
@@ -247,7 +93,7 @@ void load_matrices(uint32_t (&matrix)[4], const void* row) {
     uint32_t half[2];
     for (int k = 0; k < 2; ++k) {
       const int r = kTransposed ? pair + k : group, c = kTransposed ? group : pair + k;
-      half[k] = static_cast<const uint16_t*>(emulation::warp().row[turn][8 * i + r])[c];
+      half[k] = static_cast<const uint16_t*>(emulation::warp().exchange.row[turn][8 * i + r])[c];
     }
     matrix[i] = half[0] | half[1] << 16;
   }
@@ -324,7 +170,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
           }
       });
   const int lane = thread_index() % kWarpSize;
-  for (int i = 0; i < 4; ++i) d[i] += emulation::warp().product[turn][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  for (int i = 0; i < 4; ++i) d[i] += emulation::warp().exchange.product[turn][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 }  // namespace mixout::cuda

@@ -57,7 +57,8 @@ MIXOUT_DEVICE uint32_t warp_sum(uint32_t value) { return __reduce_add_sync(0xFFF
 MIXOUT_DEVICE uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xFFFFFFFFu, predicate); }
 MIXOUT_DEVICE uint32_t count_bits(uint32_t word) { return static_cast<uint32_t>(__popc(word)); }
 
-// Past the first-level cache, which is not coherent between multiprocessors.
+// What blocks hand each other, past the first-level cache, which is not coherent between multiprocessors.
+MIXOUT_DEVICE void store_coherent(float4* to, const float4& value) { __stcg(to, value); }
 MIXOUT_DEVICE float4 load_coherent(const float4* from) { return __ldcg(from); }
 
 // The value has arrived before any later access to memory is issued.

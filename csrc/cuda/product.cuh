@@ -239,8 +239,8 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
     else multiply_float<Shape>(sum, w_tile, u_tile, x_tile, words, p);
   }
 
-  // Each slice hands the other one the row tiles that it does not finish itself.
-  copy_async_wait(0);
+  // Each slice hands the other one the row tiles that it does not finish itself. The stages have been read, and no copy
+  // is under way: the last step has waited for the last one.
   synchronize_block();
   auto* exchange = reinterpret_cast<float4*>(stages);
   float4 owned[kOutputTiles][kOwned];
@@ -268,7 +268,7 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
     float4* partial = a.partial + tile * blocks_z() * kVectors * kProductThreads + thread;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-      partial[(block_z() * kVectors + v) * kProductThreads] = owned[v / kOwned][v % kOwned];
+      store_coherent(partial + (block_z() * kVectors + v) * kProductThreads, owned[v / kOwned][v % kOwned]);
     device_fence();
     synchronize_block();
     auto* is_last = reinterpret_cast<bool*>(mask_words);

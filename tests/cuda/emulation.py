@@ -19,7 +19,7 @@ def register() -> ModuleType:
     build_directory.mkdir(parents=True, exist_ok=True)
     module = load(
         NAME,
-        [str(REPOSITORY / "tests" / "cuda" / "emulated_kernels.cpp"), str(CUDA_SOURCES / "bindings.cpp")],
+        [*map(str, sorted((REPOSITORY / "tests" / "cuda" / "emulated").iterdir())), str(CUDA_SOURCES / "bindings.cpp")],
         # -ffp-contract=off as nvcc's --fmad=false. A switch of fibers is a longjmp to another stack, which glibc's
         # fortified version takes for an error.
         extra_cflags=["-DMIXOUT_HOST_EMULATION", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w"],

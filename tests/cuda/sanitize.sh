@@ -1,7 +1,7 @@
 #!/bin/sh
 # Every CUDA kernel under compute-sanitizer, on a GPU: bad accesses, races in shared memory, barriers in divergent code,
-# reads of what was never written. Odd shapes, both layouts, every path of the mask; some
-# minutes. Usage: sanitize.sh [python]
+# reads of what was never written. Odd shapes, both layouts, every path of the mask; some minutes.
+# Usage: sanitize.sh [python]
 #
 # Every tool runs, whatever the others found. initcheck is the last: it may also report inputs that torch wrote, since
 # only this package's kernels are watched.

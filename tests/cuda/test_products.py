@@ -144,13 +144,9 @@ def test_order_of_threads_and_number_of_stages(kernels, device, mask, backward, 
         )
     problem = budget.random_problem((rows,), 1030, 1100, dtype=dtype, mask=mask)
     results = []
-    try:
-        for descending in (False, True):
-            for kilobytes in (99, 163, 227):
-                kernels.primitives._loaded.emulate(descending=descending, shared_bytes=kilobytes * 1024)
-                results.append(product(kernels, problem, backward))
-    finally:
-        kernels.primitives._loaded.emulate(descending=False, shared_bytes=99 * 1024)
+    for order, kilobytes in (("ascending", 99), ("descending", 163), ("random", 227), ("random", 99)):
+        kernels.primitives._loaded.emulate(order, seed=len(results), shared_bytes=kilobytes * 1024)
+        results.append(product(kernels, problem, backward))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -1,0 +1,2 @@
+// Compiled for the host; see csrc/cuda/host_emulation.h.
+#include "../../../csrc/cuda/mix.cu"
