@@ -18,7 +18,7 @@ BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help test test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench bench-step picture codegen gpu
-.PHONY: sanitize clean
+.PHONY: mutants sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -91,6 +91,9 @@ picture: $(ENVIRONMENT)  ## the picture of the README, out of the committed resu
 codegen: $(BUILT)  ## what ptxas makes of every GPU kernel: registers, shared memory, spills
 	$(PY) -m tools.codegen_triton $(ARGS)
 	$(PY) -m tools.codegen_cuda --check $(ARGS)
+
+mutants: $(ENVIRONMENT)  ## takes barriers, waits and fences out of the CUDA kernels one by one: the tests must notice each
+	$(PY) -m tools.mutants $(ARGS)
 
 gpu: $(BUILT)  ## the whole test suite on the GPU of this machine
 	$(PY) -c "import torch; torch.cuda.is_available() or exit('make gpu: torch finds no GPU here')"
