@@ -16,12 +16,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from ..gradient_masks import GradientMasks, gradient_masks_of
 from ..modules import MixedLayer
 from . import host_memory, ranks
+from .backward import EndOfBackward
 from .layers import LayerDraw, full_names
 from .phi import MixedAhead, Phi
 from .seeds import Seeds, is_64_bits
 from .siblings import SAME_INPUT, SharedInput, groups_of
 from .slot import Slot
-from .steps import Steps, in_backward
+from .steps import Steps
 
 
 class MixSampler:
@@ -115,14 +116,15 @@ class MixSampler:
             for number, names in enumerate(groups)
             for name in names
         ]
+        # Steps taken within a backward: seeds and Phi must stay until it has ended.
+        self._pending: int | Tensor | None = None
+        self._backward = EndOfBackward(self._settle)
         self._ahead = MixedAhead(phis, self._seeds, self.premix, host_targets)
         shared = [SharedInput(len(names)) for names in groups]
         self._slots = [
-            Slot(self, phi.layer, phi, self._ahead, shared[phi.draw.mask], self._seeds, self._steps) for phi in phis
+            Slot(self, phi, self._ahead, shared[phi.draw.mask], self._seeds, self._steps, self._backward)
+            for phi in phis
         ]
-        # Steps taken within a backward that is still at work, of which the seeds must not change.
-        self._pending: int | Tensor | None = None
-        self._waits_for_task: int | None = None
         if host_targets:
             host_memory.to_host(list(layers.values()))
         for slot in self._slots:
@@ -194,19 +196,11 @@ class MixSampler:
         if (steps := self._steps.after(optimizer, parameters)) is None:
             return
         self._pending = steps if self._pending is None else self._pending + steps
-        if not in_backward():
+        if not self._backward.wait():
             self._settle()
-        elif (task := torch._C._current_graph_task_id()) != self._waits_for_task:
-            self._waits_for_task = task  # one of a backward that failed is waited for no longer
-            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
 
     def _settle(self) -> None:
-        """Draws and mixes for the steps that were taken; at the end of backward for those taken within it."""
-        self._waits_for_task = None
-        if in_backward():  # it was one within another, of reentrant checkpointing
-            self._waits_for_task = torch._C._current_graph_task_id()
-            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
-            return
+        """Draws and mixes for the steps that were taken."""
         steps, self._pending = self._pending, None
         if isinstance(steps, Tensor) or steps:
             self.advance(steps)

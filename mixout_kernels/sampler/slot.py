@@ -10,8 +10,8 @@ from torch import Tensor
 from ..backends import MixedWeight
 from ..functional import compute_dtype, sampled_linear
 from ..gradient_masks import without_gradient
-from ..modules import MixedLayer
 from . import host_memory
+from .backward import EndOfBackward
 from .layers import LayerDraw
 from .phi import MixedAhead, Phi
 from .seeds import Seeds
@@ -25,20 +25,21 @@ class Slot:
     def __init__(
         self,
         sampler: object,
-        layer: MixedLayer,
         phi: Phi,
         ahead: MixedAhead,
         shared: SharedInput,
         seeds: Seeds,
         steps: Steps,
+        backward: EndOfBackward,
     ) -> None:
         self.sampler = sampler  # which lives as long as a layer is in it
-        self.layer = layer
+        self.layer = phi.layer
         self.phi = phi
         self.shared = shared
         self._ahead = ahead
         self._seeds = seeds
         self._steps = steps
+        self._backward = backward
 
     @property
     def draw(self) -> LayerDraw:
@@ -65,6 +66,7 @@ class Slot:
             return self._alone(input, weight, target, bias)
         if moved:
             self._follow(weight.device)
+        self._backward.note_forward()
         if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
             self._steps.note_forward(self.layer)
         present, gradient = draw.now(weight.shape)

@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -106,7 +105,7 @@ class Steps:
     def _note_stranger(self) -> None:
         if self.seen:
             return
-        if not any(_behind_weight(layer) for layer in self._layers):
+        if next(self._weights(), None) is None:
             self._say(
                 "an optimizer took a step, but the weights of the mixed layers are no Parameters that it could hold "
                 "(FSDP with use_orig_params=False?): the masks stay what they are. Call advance() after each step."
@@ -132,6 +131,7 @@ class Steps:
         if known is None or known[:2] != (ids, mixed):
             known = ids, mixed, frozenset(ids).intersection(mixed)
             self._held[optimizer] = known
+            self._stepped = self._stepped.intersection(mixed)  # a weight that was replaced is in no round
         return known[2]
 
     def _versions(self) -> list[int]:
@@ -154,8 +154,3 @@ def _behind_weight(layer: MixedLayer) -> list[nn.Parameter]:
 
 def _any_gradient(parameters: list[Tensor]) -> bool:
     return any(parameter.grad is not None for parameter in parameters)
-
-
-def in_backward() -> bool:
-    """Whether autograd is at work: an optimizer then steps in a hook of its, and other backwards are still to come."""
-    return torch._C._current_graph_task_id() != -1

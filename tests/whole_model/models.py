@@ -96,13 +96,10 @@ def reference_run(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None)
     weights = dict(leaves)
     for name, layer in mixed_layers(model).items():
         target, seed = None if layer.target is None else layer.target.to(dtype=dtype), layer.slot.seed.clone()
-        leaf = leaves[f"{name}.weight"]
-        if isinstance(layer, mk.MixConv1D):  # [in, out] in memory; the neuron axis is the input's all the same
-            target = None if target is None else target.t()
-            mixed = mk.reference.mixout(leaf.t(), target, p=layer.p, mask=layer.mask, seed=seed).t()
-        else:
-            mixed = mk.reference.mixout(leaf, target, p=layer.p, mask=layer.mask, seed=seed)
-        weights[f"{name}.weight"] = mixed
+        settings = {"p": layer.p, "grad_p": layer.grad_p, "rescale": layer.rescale, "mask": layer.mask}
+        # A Conv1D lies as [in, out] in memory; the neuron axis is the input's all the same.
+        target, leaf = (None if t is None else layer.matrix(t) for t in (target, leaves[f"{name}.weight"]))
+        weights[f"{name}.weight"] = layer.matrix(mk.reference.mixout(leaf, target, seed=seed, **settings))
     output = torch.func.functional_call(plain, weights, (x.to(dtype=dtype) if x.is_floating_point() else x,))
     output.square().sum().backward()
     return Results(output.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
@@ -116,7 +113,15 @@ def layer_by_layer(model: nn.Module) -> Iterator[None]:
 
     def alone(layer: nn.Module, seed: Tensor) -> Callable[..., Tensor]:
         return lambda input, weight, target, bias: mk.mix_linear(
-            input, weight, target, bias, p=layer.p, mask=layer.mask, seed=seed
+            input,
+            weight,
+            target,
+            bias,
+            p=layer.p,
+            grad_p=layer.grad_p,
+            rescale=layer.rescale,
+            mask=layer.mask,
+            seed=seed,
         )
 
     for layer in layers:

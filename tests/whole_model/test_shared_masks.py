@@ -236,6 +236,69 @@ def test_however_the_siblings_are_called(call, frozen):
         optimizer.step()
 
 
+def other_p(model):
+    model.key.p = 0.9
+
+
+def other_mask(model):
+    model.key.mask = "weight"
+
+
+def other_grad_p(model):
+    model.query.grad_p = 0.6
+
+
+def gradients_masked_alone(model):
+    model.value.p, model.value.grad_p = 0.0, 0.7
+
+
+def gradients_not_rescaled(model):
+    for layer in (model.query, model.key, model.value):
+        layer.grad_p, layer.rescale = 0.4, layer is model.query
+
+
+CHANGES = [other_p, other_mask, other_grad_p, gradients_masked_alone, gradients_not_rescaled]
+
+
+@pytest.mark.parametrize("premix", [True, False], ids=["premix", ""])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_are_changed_under_a_sampler(change, autocast, premix):
+    """Each sibling gets the gradients of its own mask: x[:, kept] of one with other settings is another one."""
+    torch.manual_seed(0)
+    model, x = models.with_mixout(models.Attention()), models.random_input()
+    mk.MixSampler(model, seed=3, premix=premix)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def results():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return models.run(model, x)
+
+    for number in range(4):
+        if number == 1:
+            change(model)
+        ours = results()
+        with models.layer_by_layer(model):
+            ours.assert_same_bits(results())
+        optimizer.step()
+    assert len(set(models.seeds_of(model).values())) == 1
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("mask", ["neuron", "weight", "output", "layer"])
+def test_masked_gradients_are_those_of_the_reference(mask, p):
+    model, x = models.with_mixout(models.attention_net(), mask=mask), models.random_input()
+    for layer in models.mixed_layers(model).values():
+        layer.p, layer.grad_p = p, 0.4
+    mk.MixSampler(model, seed=3, premix=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        ours, torchs = models.run(model, x), models.reference_run(model, x)
+        assert torch.equal(ours.output, torchs.output)
+        models.assert_in_budget(ours, torchs, models.reference_run(model, x, torch.float64))
+        optimizer.step()
+
+
 @pytest.mark.parametrize("call", CALLS[:5])
 def test_no_activation_outlives_backward(call):
     """Also where a sibling does not read what another has gathered for it."""
@@ -266,7 +329,7 @@ def test_no_groups():
 
 
 def test_the_names_alone_do_not_make_siblings():
-    """A weight mask, another p and another number of input features have masks of their own."""
+    """A weight mask, another p or grad_p, and another number of input features have masks of their own."""
     model = models.Attention()
     model.query = nn.Linear(models.IN - 1, models.IN)
     models.with_mixout(model)
@@ -275,9 +338,9 @@ def test_the_names_alone_do_not_make_siblings():
 
     model = attention()
     model.key.slot.sampler.remove()
-    model.key.p = 0.9
+    model.key.p, model.value.grad_p = 0.9, 0.1
     mk.MixSampler(model)
-    assert len(set(models.seeds_of(model).values())) == 2
+    assert len(set(models.seeds_of(model).values())) == 3
 
     assert len(set(models.seeds_of(attention(mask="weight")).values())) == 3
 
