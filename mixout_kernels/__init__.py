@@ -1,5 +1,7 @@
 """Mixout (Lee, Cho & Kang, ICLR 2020) at a negative price: fused kernels and a drop-in ``torch.nn.Linear``."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import reference
 from .backends import kernels
 from .convert import apply_mixout, remove_mixout
@@ -15,6 +17,9 @@ from .r3f import apply_r3f, r3f_loss
 from .report import Report
 from .sampler import MixSampler
 from .targets import decay_to_target, targets_state_dict, track_targets
+
+if TYPE_CHECKING:
+    from .integrations import MixSamplerCallback as MixSamplerCallback
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,3 +53,11 @@ __all__ = [
     "top_entries",
     "track_targets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MixSamplerCallback":  # needs transformers, which the package does not: not in __all__ either
+        from .integrations import MixSamplerCallback
+
+        return MixSamplerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
