@@ -1,6 +1,7 @@
 """The sampler in rooms. Calls go down only:
 
 sampler.py        MixSampler: its life, and what follows from a step
+  following.py    hooks of every optimizer's step
   ranks.py        what the processes of a group agree on
   slot.py         a layer's place: what its forward calls
     backward.py   the end of a backward

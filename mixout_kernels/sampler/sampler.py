@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim import Optimizer
 
 from ..gradient_masks import GradientMasks, gradient_masks_of
 from ..modules import MixedLayer
 from . import host_memory, ranks
 from .backward import EndOfBackward
+from .following import follow, followers
 from .layers import LayerDraw, full_names
 from .phi import MixedAhead, Phi
 from .seeds import Seeds, is_64_bits
@@ -132,8 +130,7 @@ class MixSampler:
         self._masks = masks
         if masks is not None:
             masks.bind(self, self._seeds, numbers)
-        _follow_optimizers()
-        _alive.add(self)
+        follow(self)
 
     def __repr__(self) -> str:
         return (
@@ -172,7 +169,7 @@ class MixSampler:
 
     def remove(self) -> None:
         """Takes the sampler out of the model: every forward draws anew."""
-        _alive.discard(self)
+        followers.discard(self)
         present = [slot for slot in self._slots if slot.layer.slot is slot]
         for slot in present:
             slot.layer.slot = None
@@ -192,7 +189,14 @@ class MixSampler:
         self._seeds.advance(steps)
         self._ahead.refresh()
 
-    def _after_step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+    def before_step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        """Called by every optimizer."""
+        self._steps.before(optimizer, parameters)
+        if self._masks is not None:
+            self._masks.let_go_of_blocks(parameters)
+
+    def after_step(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        """Called by every optimizer."""
         if (steps := self._steps.after(optimizer, parameters)) is None:
             return
         self._pending = steps if self._pending is None else self._pending + steps
@@ -240,35 +244,3 @@ def _names_of_masks(
             numbers[name] = len(names)
             names.append(prefix + name)
     return names, numbers
-
-
-# One pair of hooks for all samplers, which stays: torch iterates over its dict of hooks, and one that the garbage
-# collector took away at that moment, with its sampler, was an error in the optimizer's step.
-_alive: weakref.WeakSet[MixSampler] = weakref.WeakSet()
-
-
-@functools.cache
-def _follow_optimizers() -> None:
-    # Not traced into a compiled optimizer step, where neither addresses nor versions can be looked at.
-    register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))
-    register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
-
-
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    if samplers := list(_alive):
-        parameters = _parameters(optimizer)
-        for sampler in samplers:
-            sampler._steps.before(optimizer, parameters)
-            if sampler._masks is not None:
-                sampler._masks.let_go_of_blocks(parameters)
-
-
-def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    if samplers := list(_alive):
-        parameters = _parameters(optimizer)
-        for sampler in samplers:
-            sampler._after_step(optimizer, parameters)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -17,7 +17,7 @@ from benchmarks.step.training import Captured, Training
 from benchmarks.step.variants import Variant, all_variants
 from benchmarks.step.workload import WORKLOADS, Workload
 from mixout_kernels import MixLinear, backends
-from mixout_kernels.sampler import sampler
+from mixout_kernels.sampler.following import followers
 
 MACHINE = {"device": "a CPU", "threads": 2, "torch": "2.13.0", "commit": "0123456789ab"}
 SILENT = {"with_memory": False, "say": lambda text: None}
@@ -133,9 +133,9 @@ def test_a_check_leaves_nothing_behind():
     """Neither a sampler that follows every optimizer step nor its gradients for the next one."""
     training = trained(Variant("sampler", 0.7))
     gc.collect()  # samplers of the tests before
-    samplers = set(sampler._alive)
+    samplers = set(followers)
     assert agreement.check(training).matches
-    assert set(sampler._alive) == samplers
+    assert set(followers) == samplers
     assert all(p.grad is None for p in training.model.parameters())
 
 

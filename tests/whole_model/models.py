@@ -90,6 +90,8 @@ def run(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) 
 def reference_run(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> Results:
     """``run`` of the plain model over the weights that ``reference.mixout`` mixes with the sampler's present seeds."""
     plain = copy.deepcopy(model)
+    for layer in mixed_layers(plain).values():
+        layer.grad_p = 0.0  # which remove_mixout leaves to remove_graddrop
     mk.remove_mixout(plain)
     plain.to(dtype=dtype)
     leaves = {name: p.detach().clone().requires_grad_() for name, p in plain.named_parameters()}

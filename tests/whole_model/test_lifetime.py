@@ -60,7 +60,7 @@ def test_the_models_state_dict_is_the_plain_one():
 def followers():
     """How many samplers follow the optimizers."""
     gc.collect()  # those of the tests before
-    return len(mk.sampler.sampler._alive)
+    return len(mk.sampler.following.followers)
 
 
 def test_remove():
