@@ -48,6 +48,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of mixout_kernels; the Python side is mixout_kernels/backends/cpu.py.";
   module.def("build_info", &build_info, "What this extension was built for.");
   module.def("cpu_product_available", &cpu::product_available);
+  module.def("cpu_library_uses_avx512", &cpu::library_uses_avx512);
   module.def("cpu_keep_mask", &cpu::keep_mask, release_gil);
   module.def("cpu_mixout", &cpu::mixout, release_gil);
   module.def("cpu_mixout_list", &cpu::mixout_list, release_gil);

@@ -236,3 +236,33 @@ def test_what_no_kernel_can_do_is_refused():
         cpu.mixout_list([torch.empty_like(weight)], [weight], [None], [Draw(torch.tensor([1]), 0.5, (1,))])
     with pytest.raises(TypeError, match="Draw"):
         cpu.mixout_list([torch.empty_like(weight)], [weight], [None], [(0.5, (1, 1))])
+
+
+def test_auto_is_fused_except_where_the_library_multiplies_faster(monkeypatch):
+    """The rule of backends/cpu.py, read off the bits: the two schedules add in different orders."""
+    if "fused" not in SCHEDULES:
+        pytest.skip("NO AVX-512 HERE: there is one schedule")
+    w, u, bias = torch.randn(200, 700), torch.randn(200, 700), torch.randn(200)
+    draw = Draw(torch.tensor([3]), 0.5, (0, 1))
+    gradient = WeightGradient(draw, 2.0, None)
+
+    def schedules_used(rows, operand):
+        phi = MixedWeight(w, u, operand, draw)
+        x, g = torch.randn(rows, 700), torch.randn(rows, 200)
+
+        def results(schedule):
+            y, saved = cpu.mix_linear(x, phi, bias, gradient, schedule)
+            return y, *cpu.mix_linear_backward(g, saved, phi, gradient, (True, True, False), schedule)[:2]
+
+        found = {name: results(name) for name in (*SCHEDULES, "auto")}
+        for fused, staged in zip(found["fused"][:2], found["staged"][:2], strict=True):
+            assert not torch.equal(fused, staged)
+        return [name for name in SCHEDULES if all(map(torch.equal, found[name], found["auto"]))]
+
+    for rows, operand, with_avx_512 in [(255, None, "fused"), (256, None, "staged"), (255, w, "staged")]:
+        monkeypatch.setattr(cpu, "_LIBRARY_USES_AVX512", False)
+        assert schedules_used(rows, operand) == ["fused"]
+        assert not cpu.premixing_pays(torch.float32)
+        monkeypatch.setattr(cpu, "_LIBRARY_USES_AVX512", True)
+        assert schedules_used(rows, operand) == [with_avx_512]
+        assert cpu.premixing_pays(torch.float32)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
@@ -194,6 +195,8 @@ bool product_available() {
   return __builtin_cpu_supports("avx512f");
 }
 
+bool library_uses_avx512() { return product_available() && at::hasMKL() && __builtin_cpu_is("intel"); }
+
 void multiply(
     int64_t m, int64_t n, int64_t depth, const Strided& a, const RightHand& b, const float* bias, float* c) {
   const int64_t threads = std::clamp<int64_t>(m * n * depth / kGrain, 1, at::get_num_threads());
@@ -217,6 +220,8 @@ void multiply(
 #else
 
 bool product_available() { return false; }
+
+bool library_uses_avx512() { return false; }
 
 void multiply(int64_t, int64_t, int64_t, const Strided&, const RightHand&, const float*, float*) {
   TORCH_CHECK(false, "mixout_kernels: the fused product of the CPU backend is written for x86-64");

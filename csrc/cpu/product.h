@@ -15,6 +15,9 @@ struct Rows {
 // Whether this CPU and this build can multiply: the inner loop is written for AVX-512.
 bool product_available();
 
+// Whether F.linear multiplies float32 with AVX-512 too: its library is MKL, which does so on Intel's CPUs alone.
+bool library_uses_avx512();
+
 // Element [i, k] is data[i * row + k * column]; one of the two strides is 1.
 struct Strided {
   const float* data;

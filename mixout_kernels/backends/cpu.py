@@ -1,8 +1,11 @@
 """C++ kernels for CPU tensors (csrc/cpu).
 
-``schedule="fused"`` mixes inside the matrix product: float32, on CPUs with AVX-512. "staged" mixes in one vectorised
-pass and leaves the product to the library behind ``F.linear``. Fused was the faster one from four rows on, wherever it
-was measured (docs/performance.md), so it is what "auto" takes where it can.
+``schedule="fused"`` mixes inside the GEMM: float32, on CPUs with AVX-512. "staged" mixes in one vectorised pass and
+leaves the GEMM to the library behind ``F.linear``. What "auto" takes is measured (docs/performance.md):
+
+    the library does not use AVX-512 (MKL on AMD's CPUs)   fused: its GEMM is twice as fast
+    it does (MKL on Intel's CPUs)                          fused below 256 rows, where mixing costs as much as the GEMM;
+                                                           staged from there on, and where nothing is to be mixed
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from .contract import MixedWeight, WeightGradient
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
 _HAS_PRODUCT = _C is not None and _C.cpu_product_available()
+_LIBRARY_USES_AVX512 = _C is not None and _C.cpu_library_uses_avx512()
+_STAGED_FROM_ROWS = 256
 
 
 def unavailable_reason() -> str | None:
@@ -43,7 +48,7 @@ def schedules(compute: torch.dtype) -> tuple[str, ...]:
 
 
 def premixing_pays(compute: torch.dtype) -> bool:
-    return "fused" not in schedules(compute)
+    return "fused" not in schedules(compute) or _LIBRARY_USES_AVX512
 
 
 def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
@@ -66,7 +71,7 @@ def mixout_list(
 def mix_linear(
     input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
-    return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input.dtype))
+    return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input, phi))
 
 
 def recorded_linear(
@@ -77,7 +82,7 @@ def recorded_linear(
     gradient: WeightGradient,
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
-    return _C.cpu_recorded_linear(input, phi, bias, kept_input, gradient, _is_fused(schedule, input.dtype))
+    return _C.cpu_recorded_linear(input, phi, bias, kept_input, gradient, _is_fused(schedule, input, phi))
 
 
 def mix_linear_backward(
@@ -88,9 +93,13 @@ def mix_linear_backward(
     needs: tuple[bool, bool, bool],
     schedule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fused = _is_fused(schedule, grad.dtype)
-    return _C.cpu_mix_linear_backward(grad, saved_input, phi, gradient, needs, fused)
+    return _C.cpu_mix_linear_backward(grad, saved_input, phi, gradient, needs, _is_fused(schedule, grad, phi))
 
 
-def _is_fused(schedule: str, compute: torch.dtype) -> bool:
-    return schedule != "staged" and compute == torch.float32 and _HAS_PRODUCT
+def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
+    """Whether to fuse, for the input or the gradient ``left`` ``[..., features]``: both have the same rows."""
+    if schedule != "auto":
+        return schedule == "fused"
+    if left.dtype != torch.float32 or not _HAS_PRODUCT:
+        return False
+    return not _LIBRARY_USES_AVX512 or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])
