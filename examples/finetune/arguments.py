@@ -10,6 +10,7 @@ from pathlib import Path
 from mixout_kernels.draws import KINDS as MASKS
 from mixout_kernels.functional import Mask
 
+from .neighbours import NEIGHBOURS, NeighbourKind
 from .settings import KINDS, Kind, Settings, Variant
 
 
@@ -39,8 +40,13 @@ def parse_settings(arguments: Sequence[str] | None) -> Settings:
     )
 
     compared = parser.add_argument_group("what is compared")
-    compared.add_argument("--variants", nargs="+", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)} (all)")
-    compared.add_argument("--p", nargs="+", type=probability, help="mix probabilities (0.7 0.9); plain takes the first")
+    kinds = (*KINDS, *NEIGHBOURS)
+    compared.add_argument(
+        "--variants", nargs="+", choices=kinds, metavar="KIND", help=f"of {', '.join(kinds)} ({' '.join(KINDS)})"
+    )
+    compared.add_argument(
+        "--p", nargs="+", type=probability, help="mix probabilities (0.7 0.9); plain and graddrop take the first"
+    )
     compared.add_argument("--mask", choices=MASKS, help="of plain and mixout (neuron)")
     compared.add_argument("--restarts", type=count, metavar="N", help="(%(default)s; 20 in the paper)")
 
@@ -68,11 +74,11 @@ def parse_settings(arguments: Sequence[str] | None) -> Settings:
     return Settings(**given)
 
 
-def variants(kinds: Sequence[Kind], rates: Sequence[float], mask: Mask) -> tuple[Variant, ...]:
+def variants(kinds: Sequence[Kind | NeighbourKind], rates: Sequence[float], mask: Mask) -> tuple[Variant, ...]:
     """Each kind once; mixout with every p, the plain formula, whose cost does not depend on p, with the first."""
     found = []
     for kind in kinds:
-        for p in {"mixout": rates, "plain": rates[:1]}.get(kind, [0.0]):
+        for p in {"mixout": rates, "plain": rates[:1], "graddrop": rates[:1]}.get(kind, [0.0]):
             found.append(Variant(kind, p, mask))
     return tuple(dict.fromkeys(found))
 

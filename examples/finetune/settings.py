@@ -9,27 +9,49 @@ from torch import nn
 
 from benchmarks.common.errors import CommandError
 from benchmarks.common.methods import Kind, Method
+from mixout_kernels.functional import Mask
 
-KINDS: tuple[Kind, ...] = ("dropout", "plain", "mixout")
+from . import neighbours
+from .neighbours import NEIGHBOURS, Batches, NeighbourKind
+
+KINDS: tuple[Kind, ...] = ("dropout", "plain", "mixout")  # what is compared by default
 
 
 @dataclass(frozen=True)
-class Variant(Method):
+class Variant:
     """One way to regularise the same fine-tuning."""
+
+    kind: Kind | NeighbourKind
+    p: float = 0.0
+    mask: Mask = "neuron"
 
     @property
     def name(self) -> str:
-        return "dropout + weight decay" if self.kind == "dropout" else super().name
+        if self.kind in NEIGHBOURS:
+            return neighbours.name_of(self.kind, self.p)
+        return "dropout + weight decay" if self.kind == "dropout" else self._method.name
 
-    def prepare(self, model: nn.Module) -> None:
+    @property
+    def _method(self) -> Method:
+        assert self.kind not in NEIGHBOURS
+        return Method(self.kind, self.p, self.mask)
+
+    def prepare(self, model: nn.Module, batches: Batches = ()) -> None:
+        """Change a freshly loaded model, in place; ``batches`` are those of the training split, with labels."""
         try:
-            super().prepare(model)
+            if self.kind in NEIGHBOURS:
+                neighbours.prepare(self.kind, model, self.p, batches)
+            else:
+                self._method.prepare(model)
         except ValueError as error:
             raise CommandError(str(error)) from None
 
     def weight_decay(self, rate: float) -> float:
-        """Decay only in the standard recipe: mixout pulls the weights to the pretrained ones instead of to zero."""
-        return rate if self.kind == "dropout" else 0.0
+        """Decay in the recipes that have nothing of their own: mixout pulls the weights to the pretrained ones.
+
+        Child-Tuning-D has none either, since decay would move the entries that its mask keeps still.
+        """
+        return rate if self.kind in ("dropout", "guided", "r3f") else 0.0
 
 
 @dataclass(frozen=True)

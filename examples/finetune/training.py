@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import neighbours
 from .data import Encoded, Task
 from .model import Checkpoint
 from .settings import Settings, Variant
@@ -57,7 +57,10 @@ class Run:
         self.result = Result(variant.name, restart, seed)
         torch.manual_seed(seed)
         self.model = checkpoint.load(len(task.label_names))
-        variant.prepare(self.model)
+        rows = torch.arange(len(task.train)).split(settings.batch_size)
+        batches = ({**inputs, "labels": labels} for inputs, labels in map(task.train.batch, rows))
+        variant.prepare(self.model, batches)
+        self.kind = variant.kind
         self.model.train()
         weight_decay = variant.weight_decay(settings.weight_decay)
         self.optimizer = torch.optim.AdamW(
@@ -70,7 +73,7 @@ class Run:
         number = len(self.result.losses)
         torch.manual_seed(self.result.seed * 1_000_003 + number + 1)
         start = time.perf_counter()
-        loss = F.cross_entropy(self.model(**inputs).logits, labels)
+        loss = neighbours.loss(self.kind, self.model, inputs, labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from benchmarks.common.errors import CommandError
+from examples.finetune import neighbours
 from examples.finetune.data import Task, load_task
 from examples.finetune.memory import peak_mebibytes
 from examples.finetune.model import Checkpoint
+from examples.finetune.neighbours import NEIGHBOURS, Batches
 from examples.finetune.settings import Settings, Variant
-from examples.finetune.training import batches, total_steps, train_restart, warmup_then_decay
+from examples.finetune.training import Run, batches, total_steps, train_restart, warmup_then_decay
 
 from .conftest import save_checkpoint
 
@@ -86,8 +88,8 @@ def test_a_run_that_diverges_fails_alone(
 ) -> None:
     prepare = Variant.prepare
 
-    def poisoned(variant: Variant, model: nn.Module) -> None:
-        prepare(variant, model)
+    def poisoned(variant: Variant, model: nn.Module, batches: Batches) -> None:
+        prepare(variant, model, batches)
         if variant.kind == "plain":
             model.classifier.bias.data.fill_(math.nan)
 
@@ -148,3 +150,36 @@ def test_peak_memory_is_that_of_the_training(settings: Settings, task: Task, tmp
     expected = 4 * 4 * parameters / 2**20
     peak = peak_mebibytes(settings, checkpoint, task, Variant("dropout"))
     assert expected <= peak <= expected + 64
+
+
+NEIGHBOUR_VARIANTS = tuple(Variant(kind, 0.5) for kind in NEIGHBOURS)
+
+
+def test_the_neighbours_learn(settings: Settings, checkpoint: Checkpoint, task: Task) -> None:
+    chosen = dataclasses.replace(settings, variants=NEIGHBOUR_VARIANTS)
+    results = train_restart(chosen, checkpoint, task, 0, lambda: None)
+    assert [result.variant for result in results] == [variant.name for variant in NEIGHBOUR_VARIANTS]
+    for result in results:
+        assert result.failure is None
+        assert sum(result.losses[-6:]) < sum(result.losses[:6]), result.variant
+        assert result.accuracy > task.majority_rate, result.variant
+
+
+def test_the_neighbours_are_what_they_say(settings: Settings, checkpoint: Checkpoint, task: Task) -> None:
+    runs = {v.kind: Run(settings, checkpoint, task, v, 0) for v in NEIGHBOUR_VARIANTS}
+    inputs, labels = task.train.batch(torch.arange(8))
+    for run in runs.values():
+        run.model.zero_grad()
+        neighbours.loss(run.kind, run.model, inputs, labels).backward()
+    zeros = {
+        kind: [
+            (p.grad == 0).double().mean().item() for name, p in run.model.named_parameters() if "dense.weight" in name
+        ]
+        for kind, run in runs.items()
+    }
+    assert all(0.2 < share < 0.8 for share in zeros["graddrop"])
+    assert all(0.6 < share < 0.8 for share in zeros["childtuning-f"])
+    assert max(zeros["childtuning-d"]) > 0.5
+    assert max(zeros["guided"] + zeros["r3f"]) < 0.2
+    rates = {m.p for m in runs["guided"].model.modules() if isinstance(m, nn.Dropout)}
+    assert len(rates) > 3
