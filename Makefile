@@ -17,8 +17,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench bench-step picture codegen gpu
-.PHONY: mutants sanitize clean
+.PHONY: help test test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench bench-step
+.PHONY: bench-neighbours picture codegen gpu mutants sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -84,6 +84,9 @@ bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
 
 bench-step: $(BUILT)  ## whole training steps: a table and a plot
 	$(PY) -m benchmarks.step --output $(OUT)/step $(ARGS)
+
+bench-neighbours: $(BUILT)  ## GradDrop, Child-Tuning, R3F and the Fisher information beside their published forms
+	$(PY) -m benchmarks.neighbours --output $(OUT)/neighbours $(ARGS)
 
 picture: $(ENVIRONMENT)  ## the picture of the README, out of the committed results of bench-step
 	$(PY) tools/readme_picture.py benchmarks/results/step/minilm.csv docs/step.png

@@ -1,0 +1,1 @@
+"""What the neighbours of mixout cost, each beside its published form."""
