@@ -36,9 +36,9 @@ def fisher(
         F = mean over examples n of (d loss_n / d w)^2
 
     with one forward and one backward a batch, whatever its size; autograd makes no gradient of a weight. Equal to the
-    loop over single examples, also for padded batches, and for weights that are tied or used several times. The model
-    is in eval mode meanwhile, and as before afterwards; no gradients are left behind. With mixout in the model or
-    without, the result is the same.
+    loop over single examples, also for padded batches, and for weights that are tied or used several times. (The first
+    batch is run backward once more, to see that no module mixes its examples.) The model is in eval mode meanwhile, and
+    as before afterwards; no gradients are left behind. With mixout in the model or without, the result is the same.
 
     Args:
         model: the model itself, not a wrapper (DistributedDataParallel, torch.compile).

@@ -339,6 +339,25 @@ def test_a_model_without_linear_layers_has_a_sampler_too():
     assert len({tuple(mask) for mask in seen}) > 1
 
 
+@pytest.mark.parametrize("mask", ["neuron", "weight", "layer"])
+def test_compiled_code_has_the_same_masks(mask):
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), "norm": nn.LayerNorm(6)}
+    ).double()
+    model.forward = lambda x: model.norm(model.blocks[2](model.blocks[1](model.blocks[0](x).tanh()).tanh())).sum()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    mk.apply_graddrop(model, p=0.5, mask=mask)
+    mk.MixSampler(model, seed=SEED)
+    model(x).backward()
+    eager = {
+        name: p.grad.clone() if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()
+    }
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, eager[name], msg=name)
+
+
 # --- one decision for a block -----------------------------------------------------------------------------------------
 
 
@@ -481,6 +500,19 @@ def test_errors():
     mk.apply_graddrop(model, p=0.5)
     with pytest.raises(ValueError, match=r"apply_graddrop: model: expected one without graddrop; call remove_graddrop"):
         mk.apply_graddrop(model, p=0.5)
+
+
+def test_sharded_parameters_raise():
+    class Sharded(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model[1].weight = Sharded(torch.ones(3))
+    with pytest.raises(
+        TypeError, match=r"apply_graddrop: model: expected plain Parameters, got a Sharded in '1.weight'"
+    ):
+        mk.apply_graddrop(model, p=0.5)
+    assert type(model[0]) is nn.Linear
 
 
 def test_one_word_serves_one_granularity():
