@@ -11,6 +11,7 @@ compiled for is its ``Pattern``, read off the strides alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,20 +55,29 @@ class Placement(NamedTuple):
     inner: int
 
     @classmethod
-    def of(cls, draw: Draw, layout: Layout | None = None) -> Placement:
-        """That of a 2-D weight, or that of contiguous memory as ``draw.layout`` sees it."""
-        if layout is None:
-            row_stride, column_stride = draw.strides
-            return cls(draw.offset, row_stride, column_stride, 1)
+    def of(cls, draw: Draw) -> Placement:
+        """That of a 2-D weight."""
+        row_stride, column_stride = draw.strides
+        return cls(draw.offset, row_stride, column_stride, 1)
+
+    @classmethod
+    def in_memory(cls, draw: Draw, layout: Layout) -> Placement:
+        """That of contiguous memory as ``draw.layout`` sees it."""
         return cls(draw.offset, layout.row_stride, layout.column_stride, layout.inner)
 
     @property
     def pattern(self) -> Pattern:
-        row = self.row_stride if self.row_stride in (0, 1) else _ANY
-        column = self.column_stride if self.column_stride == 0 or (self.column_stride, self.inner) == (1, 1) else _ANY
-        other_stride = self.row_stride if column == 1 else self.column_stride
-        aligned = 1 in (row, column) and other_stride % 4 == 0 and self.offset % 4 == 0
-        return Pattern(row, column, aligned)
+        return _pattern(self)
+
+
+@functools.lru_cache(maxsize=1024)  # a model has few, and asks at every launch
+def _pattern(placement: Placement) -> Pattern:
+    offset, row_stride, column_stride, inner = placement
+    row = row_stride if row_stride in (0, 1) else _ANY
+    column = column_stride if column_stride == 0 or (column_stride, inner) == (1, 1) else _ANY
+    other_stride = row_stride if column == 1 else column_stride
+    aligned = 1 in (row, column) and other_stride % 4 == 0 and offset % 4 == 0
+    return Pattern(row, column, aligned)
 
 
 def threshold_argument(draw: Draw) -> int:
@@ -206,7 +216,7 @@ def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
     """The decisions for p < 1, a bool tensor of this shape."""
     keep = torch.empty(tuple(shape), dtype=torch.bool, device=draw.seed.device)
     layout = draw.layout(shape)
-    placement = Placement.of(draw, layout)
+    placement = Placement.in_memory(draw, layout)
     tile_rows, tile_columns = _FLAT_TILE if layout.rows == 1 else _TILE
     launch(
         _keep_mask_kernel, triton.cdiv(layout.rows, tile_rows) * triton.cdiv(layout.columns, tile_columns),

@@ -12,14 +12,14 @@ from .mask import Pattern, Placement, as_bound, keep_tile, threshold_argument
 
 # 32 elements per thread: in bfloat16 four 16-byte loads of w and as many of u. A line of decisions is generated once
 # per tile for all of its rows, hence the 16; the long side lies along contiguous memory. A flat tile has a decision per
-# element and half as many of them: 4096 spilled on sm_90 in float32 without a target. So has a tile of which every
-# decision takes a Philox call of its own.
+# element and half as many of them: 4096 spilled on sm_90 in float32 without a target. Where every decision takes a
+# Philox call of its own 2048 did, with strides of which none is 1.
 WARPS = 4
 _FLAT_TILE = (1, 2048)
 _ROW_MAJOR_TILE = (16, 256)
 _COLUMN_MAJOR_TILE = (256, 16)
-_PER_ELEMENT_ROW_MAJOR_TILE = (8, 256)
-_PER_ELEMENT_COLUMN_MAJOR_TILE = (256, 8)
+_PER_ELEMENT_ROW_MAJOR_TILE = (4, 256)
+_PER_ELEMENT_COLUMN_MAJOR_TILE = (256, 4)
 
 
 @triton.jit
@@ -66,23 +66,27 @@ def mixout(weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> 
     phi = weight.new_empty(weight.shape)
     if weight.dim() == 2:
         return mix_into(phi, weight, target, draw, factor)
-    return _mix_contiguous(phi, weight.contiguous(), None if target is None else target.contiguous(), draw, factor)
+    layout = draw.layout(weight.shape)
+    matrix = layout.rows, layout.columns
+    target = None if target is None else target.contiguous().view(matrix)
+    placement = Placement.in_memory(draw, layout)
+    _launch_mix(phi.view(matrix), weight.contiguous().view(matrix), target, draw, placement, factor)
+    return phi
 
 
 def mix_into(out: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
     """The same into ``out``, which may be ``weight`` itself, for a 2-D weight; each tensor in any memory layout."""
-    if all(t is None or t.is_contiguous() for t in (weight, target, out)):
-        return _mix_contiguous(out, weight, target, draw, factor)
-    _launch_mix(out, weight, target, draw, Placement.of(draw), factor)
+    placement, phi = Placement.of(draw), out
+    if rows_follow_on(draw, weight) and all(t is None or t.is_contiguous() for t in (weight, target, out)):
+        placement = placement._replace(row_stride=0)
+        phi, weight, target = out.view(1, -1), weight.view(1, -1), None if target is None else target.view(1, -1)
+    _launch_mix(phi, weight, target, draw, placement, factor)
     return out
 
 
-def _mix_contiguous(out: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, factor: float) -> Tensor:
-    layout = draw.layout(weight.shape)  # a decision per element makes one long row of it: runs of four at any width
-    matrix = layout.rows, layout.columns
-    target = None if target is None else target.view(matrix)
-    _launch_mix(out.view(matrix), weight.view(matrix), target, draw, Placement.of(draw, layout), factor)
-    return out
+def rows_follow_on(draw: Draw, weight: Tensor) -> bool:
+    """Whether the decisions make one long row of a contiguous weight, with runs of four at any width."""
+    return draw.strides == (weight.shape[1], 1)
 
 
 def _launch_mix(

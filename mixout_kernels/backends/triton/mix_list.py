@@ -22,7 +22,7 @@ from torch.torch_version import TorchVersion
 from ...draws import Draw
 from .launch import launch
 from .mask import Pattern, Placement
-from .mix import WARPS, mix_into, mix_tile, tile_shape
+from .mix import WARPS, mix_into, mix_tile, rows_follow_on, tile_shape
 
 _NEVER = 2**62  # the first tile of an unused slot
 # The tables that a CUDA graph copies: a replay reads them again. torch captures copies from pinned memory alone since
@@ -116,8 +116,8 @@ def mixout_list(
             continue
         rows, columns = weight.shape
         placement, column_major = Placement.of(draw), layout == "column-major"
-        flat = not column_major and draw.strides == (columns, 1)
-        if flat:  # one long row, with runs of four at any width
+        flat = not column_major and rows_follow_on(draw, weight)
+        if flat:
             rows, columns, placement = 1, weight.numel(), placement._replace(row_stride=0)
         target_dtype = None if target is None else target.dtype
         batch = _Batch(weight.dtype, target_dtype, out.dtype, column_major, flat, placement.pattern)
@@ -142,42 +142,58 @@ def _layout(*tensors: Tensor | None) -> str | None:
 
 def _mix_batch(batch: _Batch, entries: tuple[_Entry, ...], like: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     """``like``: tensors of the dtypes of a weight, a target, a Phi and a seed."""
+    plan = _plan(batch, entries)
+    tile_rows, tile_columns = plan.tile
+    launch(
+        _mix_list_kernel, plan.programs, _device_table(entries, plan.first_tiles, like[0].device), *like,
+        PATTERN=batch.pattern, HAS_TARGET=batch.target is not None, COLUMN_MAJOR=batch.column_major,
+        ALIGNED=plan.aligned, SLOTS=triton.next_power_of_2(len(entries)), ROWS=tile_rows, COLUMNS=tile_columns,
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """Which programs mix which weight, and whether all of them may load 16 bytes at a time."""
+
+    tile: tuple[int, int]
+    first_tiles: tuple[int, ...]
+    programs: int
+    aligned: bool
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(batch: _Batch, entries: tuple[_Entry, ...]) -> _Plan:
     tile_rows, tile_columns = tile_shape(batch.flat, batch.column_major, batch.pattern)
     tiles = [triton.cdiv(entry.rows, tile_rows) * triton.cdiv(entry.columns, tile_columns) for entry in entries]
+    *first_tiles, programs = itertools.accumulate(tiles, initial=0)
     aligned = all(
         number % 16 == 0
         for entry in entries
         for number in (entry.weight, entry.target, entry.phi, entry.rows if batch.column_major else entry.columns)
     )
-    launch(
-        _mix_list_kernel, sum(tiles),
-        _device_table(entries, tuple(tiles), like[0].device), *like,
-        PATTERN=batch.pattern, HAS_TARGET=batch.target is not None, COLUMN_MAJOR=batch.column_major, ALIGNED=aligned,
-        SLOTS=triton.next_power_of_2(len(entries)), ROWS=tile_rows, COLUMNS=tile_columns, num_warps=WARPS,
-    )  # fmt: skip
+    return _Plan((tile_rows, tile_columns), tuple(first_tiles), programs, aligned)
 
 
-def _device_table(entries: tuple[_Entry, ...], tiles: tuple[int, ...], device: torch.device) -> Tensor:
+def _device_table(entries: tuple[_Entry, ...], first_tiles: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type != "cuda":
-        return _host_table(entries, tiles)
+        return _host_table(entries, first_tiles)
     if torch.cuda.is_current_stream_capturing():  # the copy happens at replay: nobody else may rely on it
-        table = _host_table(entries, tiles)
+        table = _host_table(entries, first_tiles)
         _captured.append(table.pin_memory() if _PINNED_IN_CAPTURE else table)
         return _captured[-1].to(device, non_blocking=True)
-    return _cached_table(entries, tiles, device, torch.cuda.current_stream(device))
+    return _cached_table(entries, first_tiles, device, torch.cuda.current_stream(device))
 
 
 @functools.lru_cache(maxsize=64)
 def _cached_table(
-    entries: tuple[_Entry, ...], tiles: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream
+    entries: tuple[_Entry, ...], first_tiles: tuple[int, ...], device: torch.device, stream: torch.cuda.Stream
 ) -> Tensor:
     """Per stream, because only this one orders its copy before the kernels that read it."""
-    return _host_table(entries, tiles).pin_memory().to(device, non_blocking=True)
+    return _host_table(entries, first_tiles).pin_memory().to(device, non_blocking=True)
 
 
-def _host_table(entries: tuple[_Entry, ...], tiles: tuple[int, ...]) -> Tensor:
+def _host_table(entries: tuple[_Entry, ...], first_tiles: tuple[int, ...]) -> Tensor:
     """[fields, slots]; the number of slots is a power of two, so that few kernels serve lists of any length."""
-    first_tiles = itertools.accumulate(tiles[:-1], initial=0)
     slots = [(first, *entry.words()) for first, entry in zip(first_tiles, entries, strict=True)]
     table = torch.zeros(len(slots[0]), triton.next_power_of_2(len(slots)), dtype=torch.int64)
     table[0] = _NEVER
