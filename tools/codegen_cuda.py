@@ -38,8 +38,10 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 _INSTRUCTION = re.compile(
-    r"/\*[0-9a-f]{4,}\*/ +(?P<text>[^;]+?) *; +/\* 0x[0-9a-f]{16} \*/\s+/\* 0x(?P<high>[0-9a-f]{16}) \*/"
+    r"/\*(?P<address>[0-9a-f]{4,})\*/ +(?P<text>[^;]+?) *; +/\* 0x[0-9a-f]{16} \*/\s+/\* 0x(?P<high>[0-9a-f]{16}) \*/"
 )
+# "@!P0 BRA 0x90d0", "BRA 0x90d0", "@P0 BRA P1, 0x4840", "BRA.U UP0, 0x4840"
+_BRANCH = re.compile(r"(?P<condition>@!?U?P\w+ )?BRA\S* (?P<also>[!~]?U?[PR]\w+, )?`?\(?0x(?P<to>[0-9a-f]+)")
 _MIX = re.compile(r"mix<(\w+), (\w+), (\w+), \d+>")
 MIX_ELEMENTS = 32  # of a thread: kThreadRows * kThreadColumns
 _PHILOX_FACTOR = re.compile(r"0xd2511f53|0xcd9e8d57|-0x2daee0ad|-0x326172a9")  # as nvcc writes them
@@ -66,6 +68,7 @@ class KernelUse:
     spilled_bytes: int
     static_shared_bytes: int
     wide: WideAccesses | None = None  # of mix alone
+    stage_instructions: int | None = None  # of mix_product alone
 
     @property
     def problem(self) -> str | None:
@@ -124,7 +127,7 @@ def parse(ptxas: str, sass: str = "") -> list[KernelUse]:
     uses = []
     for entry in _ENTRY.finditer(ptxas):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
-        kernel = _readable(entry["name"])
+        kernel, code = _readable(entry["name"]), instructions.get(entry["name"], "")
         uses.append(
             KernelUse(
                 kernel,
@@ -132,7 +135,8 @@ def parse(ptxas: str, sass: str = "") -> list[KernelUse]:
                 int(entry["registers"]),
                 int(entry["stores"]) + int(entry["loads"]),
                 int(shared[1]) if shared else 0,
-                wide_accesses(instructions.get(entry["name"], "")) if _MIX.fullmatch(kernel) else None,
+                wide_accesses(code) if _MIX.fullmatch(kernel) else None,
+                stage_instructions(code) if kernel.startswith("mix_product") else None,
             )
         )
     return uses
@@ -164,6 +168,38 @@ def wide_accesses(sass: str) -> WideAccesses:
     )
 
 
+def stage_instructions(sass: str) -> int | None:
+    """What a warp of a fused GEMM issues for one stage, the mask aside; None for a kernel without tensor cores.
+
+    It is read off the ways through the loop around the tensor cores: of those that have the most tensor-core
+    instructions and asynchronous copies together, the one with the fewest instructions. That one copies a stage by
+    16 bytes, multiplies a stage, and finds no mask to fill.
+    """
+    instructions = [(int(match["address"], 16), match["text"]) for match in _INSTRUCTION.finditer(sass)]
+    place = {address: i for i, (address, _) in enumerate(instructions)}
+    branches = [_BRANCH.match(text) for _, text in instructions]
+    targets = [branch and place.get(int(branch["to"], 16)) for branch in branches]
+    products = [i for i, (_, text) in enumerate(instructions) if "HMMA" in text]
+    if not products:
+        return None
+    start, end = max(
+        (target, i)
+        for i, target in enumerate(targets)
+        if target is not None and target <= products[0] and i >= products[-1]
+    )
+    # From each instruction to the jump back: what of use is on the best way, and minus its length.
+    best: dict[int, tuple[int, int]] = {end: (0, -1)}
+    for i in range(end - 1, start - 1, -1):
+        branch, target = branches[i], targets[i]
+        ways = [best[i + 1]] if i + 1 in best and not (branch and not (branch["condition"] or branch["also"])) else []
+        if target in best:
+            ways.append(best[target])
+        if ways:
+            useful, length = max(ways)
+            best[i] = useful + ("HMMA" in instructions[i][1] or "LDGSTS" in instructions[i][1]), length - 1
+    return -best[start][1]
+
+
 def _readable(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"^void |\(anonymous namespace\)::|mixout::cuda::|\(bool\)|\(int\)", "", name)
@@ -192,6 +228,8 @@ def page(uses: list[KernelUse], compiler: str) -> str:
             cell.append(f"{use.static_shared_bytes} B static shared memory")
         if use.wide:
             cell.append(str(use.wide))
+        if use.stage_instructions:
+            cell.append(f"{use.stage_instructions} a stage")
         cells.setdefault(use.kernel, {})[use.architecture] = ", ".join(cell)
     spilling = sum(1 for use in uses if use.spilled_bytes)
     lines = [
@@ -205,8 +243,9 @@ def page(uses: list[KernelUse], compiler: str) -> str:
         "for, and at most 3 KB for the mask: two of the largest fit the 99 KB of sm_86, sm_89 and sm_120. The column",
         "kernels take 32 bytes, `mix` none.",
         "",
-        "`mix_product<weight, target, input, weight in memory as, rows>` is the fused forward and dx;",
-        "`mix<weight, target, result, table size>` the mix of one or of many weights. After its registers stand its",
+        "`mix_product<weight, target, input, weight in memory as, rows>` is the fused forward and dx. Where it uses",
+        "tensor cores its registers are followed by the instructions that a warp issues for a stage, the mask aside.",
+        "`mix<weight, target, result, table size>` is the mix of one or of many weights. After its registers stand its",
         "16-byte accesses, loads + stores: the loads of w and u that a thread asks for before it waits for any of",
         "them, with the mask computed meanwhile.",
         "",

@@ -3,8 +3,10 @@
 //
 // Why it is bound by reading w and u: 64 x 4096 x 4096 in bfloat16 reads 67 MB of w and u, 15.6 us at 4.3 TB/s, and
 // does 2.1 GFLOP, 3 us at 700 TFLOP/s. A multiprocessor then receives 19 bytes a cycle, while for every 8 KB of w and u
-// it moves 26 KB through shared memory (62 of 128 bytes a cycle) and issues some 175 instructions in each of its four
-// partitions (of 430 cycles). To cover the latency of memory, three stages of 32 KB are under way at any time.
+// it moves 26 KB through shared memory (62 of 128 bytes a cycle) and issues some 260 instructions in each of its four
+// partitions (of 430 cycles): two warps to a partition, 513 instructions a warp for a stage of 32 KB on sm_90a, the mask
+// aside (docs/codegen_cuda.md). With addresses worked out anew for every stage, in place of pointers that move on, it
+// was 813. To cover the latency of memory, three stages are under way at any time.
 //
 // The product is computed transposed: Phi is the left operand of mma.sync and goes from shared memory through the mix
 // into registers, each element once. A block of eight warps covers kOutputs x kRows results: four warps side by side on
@@ -195,31 +197,45 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
   unsigned char* mask_words = stages + a.stages * Shape::kStageBytes;
   unsigned char* shared_bits = mask_words + Shape::kMaskBytes;
 
-  const auto load_stage = [&](int step) {
-    unsigned char* stage = stages + step % a.stages * Shape::kStageBytes;
-    const int64_t depth = begin + static_cast<int64_t>(step) * kDepth;
-    const int64_t memory_row = kContiguous ? output : depth, memory_column = kContiguous ? depth : output;
-    const int64_t memory_rows = kContiguous ? p.outputs : p.contraction;
-    const int64_t memory_columns = kContiguous ? p.contraction : p.outputs;
-    Shape::WTile::load(
-        stage, static_cast<const W*>(p.w), memory_row, memory_column, memory_rows, memory_columns, a.aligned);
-    stage += Shape::WTile::kBytes;
-    if (p.u != nullptr)
-      Shape::UTile::load(
-          stage, static_cast<const U*>(p.u), memory_row, memory_column, memory_rows, memory_columns, a.aligned);
-    stage += Shape::UTile::kBytes;
-    Shape::XTile::load(stage, static_cast<const T*>(p.x), row, depth, p.rows, p.contraction, a.aligned);
+  // Stages are filled, and read, one after the other in a ring.
+  unsigned char* const stages_end = stages + a.stages * Shape::kStageBytes;
+  const auto after = [&](unsigned char* stage) {
+    return stage + Shape::kStageBytes == stages_end ? stages : stage + Shape::kStageBytes;
+  };
+  unsigned char* filled = stages;
+  const int64_t memory_row = kContiguous ? output : begin, memory_column = kContiguous ? begin : output;
+  const int64_t memory_rows = kContiguous ? p.outputs : p.contraction;
+  const int64_t memory_columns = kContiguous ? p.contraction : p.outputs;
+  typename Shape::WTile::Source w_source(
+      static_cast<const W*>(p.w), memory_row, memory_column, memory_rows, memory_columns);
+  typename Shape::UTile::Source u_source(
+      static_cast<const U*>(p.u), memory_row, memory_column, memory_rows, memory_columns);
+  typename Shape::XTile::Source x_source(static_cast<const T*>(p.x), row, begin, p.rows, p.contraction);
+  const auto fill_stage = [&] {
+    w_source.load(filled, a.aligned);
+    if (p.u != nullptr) u_source.load(filled + Shape::WTile::kBytes, a.aligned);
+    x_source.load(filled + Shape::WTile::kBytes + Shape::UTile::kBytes, a.aligned);
+    if constexpr (kContiguous) {
+      w_source.move_right(kDepth);
+      u_source.move_right(kDepth);
+    } else {
+      w_source.move_down(kDepth);
+      u_source.move_down(kDepth);
+    }
+    x_source.move_right(kDepth);
+    filled = after(filled);
   };
 
   const uint64_t seed = seed_value(p.mask.seed);
   float sum[kOutputTiles][Shape::kRowTiles][4] = {};
+  unsigned char* stage = stages;
   // Steps below zero fill the pipeline. Loads run `stages - 1` steps ahead of the product, the mask one step.
   for (int step = 1 - a.stages; step < steps; ++step) {
     if (step >= 0) {
       copy_async_wait(a.stages - 2);
       synchronize_block();
     }
-    if (step + a.stages - 1 < steps) load_stage(step + a.stages - 1);
+    if (step + a.stages - 1 < steps) fill_stage();
     copy_async_commit();
     if (step == -1 && is_shared(p.mask)) {
       fill_shared_bits<kOut>(shared_bits, p.mask, seed, output, begin, steps);
@@ -231,12 +247,12 @@ mix_product_kernel(MIXOUT_PARAMETER ProductArguments a) {
           begin + static_cast<int64_t>(step + 1) * kDepth, begin);
     if (step < 0) continue;
 
-    const unsigned char* w_tile = stages + step % a.stages * Shape::kStageBytes;
-    const unsigned char* u_tile = w_tile + Shape::WTile::kBytes;
+    const unsigned char *w_tile = stage, *u_tile = w_tile + Shape::WTile::kBytes;
     const unsigned char* x_tile = u_tile + Shape::UTile::kBytes;
     const auto* words = reinterpret_cast<const uint32_t*>(mask_words + step % 2 * (Shape::kMaskBytes / 2));
     if constexpr (sizeof(T) == 2) multiply_half<Shape>(sum, w_tile, u_tile, x_tile, words, p);
     else multiply_float<Shape>(sum, w_tile, u_tile, x_tile, words, p);
+    stage = after(stage);
   }
 
   // Each slice hands the other one the row tiles that it does not finish itself. The stages have been read, and no copy

@@ -34,39 +34,58 @@ struct Tile {
     }
   }
 
-  // Copies the tile at (row, column) of a [rows, columns] matrix; what lies outside is zero.
-  static MIXOUT_DEVICE void load(
-      unsigned char* tile, const T* from, int64_t row, int64_t column, int64_t rows, int64_t columns, bool aligned) {
-    constexpr int kSteps = kTileRows * kRowChunks / kProductThreads;
-    if (aligned) {
+  // What this thread copies: 16 bytes of a row in every step, all in one column of chunks, kStepRows rows apart. That
+  // is a multiple of 8, so the permutation is the same in every step, and the chunks lie 4 KB apart in shared memory.
+  static constexpr int kStepRows = kProductThreads / kRowChunks, kSteps = kTileRows / kStepRows;
+  static constexpr int kStepBytes = kProductThreads * 16;
+  static_assert(kProductThreads % kRowChunks == 0 && kTileRows % kStepRows == 0 && kStepRows % 8 == 0);
+
+  // Where the copies of a thread begin in a [rows, columns] matrix; it moves on from tile to tile.
+  class Source {
+   public:
+    MIXOUT_DEVICE Source(const T* matrix, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+      row += thread_index() / kRowChunks;
+      column += thread_index() % kRowChunks * kChunk;
+      from_ = matrix + row * columns + column;
+      columns_ = columns;
+      rows_left_ = left(rows - row);
+      columns_left_ = left(columns - column);
+    }
+    MIXOUT_DEVICE void move_right(int columns) {
+      from_ += columns;
+      columns_left_ -= columns;
+    }
+    MIXOUT_DEVICE void move_down(int rows) {
+      from_ += rows * columns_;
+      rows_left_ -= rows;
+    }
+
+    // Copies the tile; what lies outside of the matrix is zero.
+    MIXOUT_DEVICE void load(unsigned char* tile, bool aligned) const {
+      tile += chunk(thread_index() / kRowChunks, thread_index() % kRowChunks);
+      const int count = columns_left_ < 0 ? 0 : min_of(columns_left_, kChunk);
+      const T* from = from_;
+      if (aligned) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const Source source(from, step, row, column, rows, columns);
-        copy_async(tile + chunk(source.row, source.index), source.from, source.count * static_cast<int>(sizeof(T)));
-      }
-    } else {
+        for (int step = 0; step < kSteps; ++step, from += kStepRows * columns_)
+          copy_async(tile + step * kStepBytes, from,
+                     step * kStepRows < rows_left_ ? count * static_cast<int>(sizeof(T)) : 0);
+      } else {
 #pragma unroll 1
-      for (int step = 0; step < kSteps; ++step) {
-        const Source source(from, step, row, column, rows, columns);
-        T* to = reinterpret_cast<T*>(tile + chunk(source.row, source.index));
-        for (int k = 0; k < kChunk; ++k) to[k] = k < source.count ? source.from[k] : T{};
+        for (int step = 0; step < kSteps; ++step, from += kStepRows * columns_) {
+          T* to = reinterpret_cast<T*>(tile + step * kStepBytes);
+          for (int k = 0; k < kChunk; ++k) to[k] = k < count && step * kStepRows < rows_left_ ? from[k] : T{};
+        }
       }
     }
-  }
 
- private:
-  struct Source {  // of the chunk that this thread copies in one step
-    int row, index, count;
-    const T* from;
+   private:
+    // Enough for any chunk: 32 bits are cheaper to count down.
+    static MIXOUT_DEVICE int left(int64_t count) { return static_cast<int>(min_of<int64_t>(count, 1 << 30)); }
 
-    MIXOUT_DEVICE Source(const T* matrix, int step, int64_t row0, int64_t column, int64_t rows, int64_t columns) {
-      const int thread = step * kProductThreads + thread_index();
-      row = thread / kRowChunks;
-      index = thread % kRowChunks;
-      const int64_t left = row0 + row < rows ? columns - column - index * kChunk : 0;
-      count = left < 0 ? 0 : static_cast<int>(min_of<int64_t>(left, kChunk));
-      from = count > 0 ? matrix + (row0 + row) * columns + column + index * kChunk : matrix;
-    }
+    const T* from_;
+    int64_t columns_;
+    int rows_left_, columns_left_;
   };
 };
 

@@ -387,6 +387,33 @@ def test_codegen_sees_narrow_and_serial_accesses(instructions, found):
     assert use.problem == (None if found is None else problem)
 
 
+@pytest.mark.parametrize(
+    ("skip_copies", "expected"),
+    [("@P0 BRA 0x50", 7), ("BRA 0x50", 5)],
+    ids=["a stage is copied", "nothing is"],
+)
+def test_codegen_counts_the_instructions_of_a_stage(skip_copies, expected):
+    """Of the ways through the loop the one with all copies and products that passes by the mask."""
+    texts = [
+        "MOV R1, c[0x0][0x28]",
+        "ISETP.GE.AND P0, PT, R2, R3, PT",  # the loop begins here, at 0x10
+        skip_copies,
+        "LDGSTS.E.BYPASS.128 [R4], [R6.64]",
+        "LDGSTS.E.BYPASS.128 [R4+0x1000], [R8.64]",
+        "@!P1 BRA 0x80",
+        "IMAD.WIDE.U32 R4, R2, -0x2daee0ad, RZ",
+        "IMAD.WIDE.U32 R4, R2, -0x2daee0ad, RZ",
+        "HMMA.16816.F32.BF16 R8, R4, R6, R8",
+        "@P2 BRA 0x10",
+        "EXIT",
+    ]
+    listing = "".join(
+        f"        /*{16 * i:04x}*/   {text} ;  /* 0x{i:016x} */\n   /* 0x{i:016x} */\n" for i, text in enumerate(texts)
+    )
+    assert codegen_cuda.stage_instructions(listing) == expected
+    assert codegen_cuda.stage_instructions(listing.replace("HMMA", "FFMA")) is None
+
+
 def test_the_module_loads_and_its_errors_name_the_kernel(built):
     folder, _ = built
     if torch.cuda.is_available():
