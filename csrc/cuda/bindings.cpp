@@ -53,7 +53,7 @@ Address allocate_counters(int64_t count, Address stream) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "CUDA kernels of mixout_kernels; the Python side is mixout_kernels/backends/cuda.py.";
+  module.doc() = "CUDA kernels of mixout_kernels; the Python side is mixout_kernels/backends/cuda.";
   py::enum_<Type>(module, "Type")
       .value("float32", Type::float32)
       .value("bfloat16", Type::bfloat16)

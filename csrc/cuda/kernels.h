@@ -1,5 +1,5 @@
 // What csrc/cuda offers: launches over raw device addresses, without a torch header. Arguments were checked in Python
-// (mixout_kernels/backends/cuda.py), p is below 1, memory is contiguous, and `stream` is a cudaStream_t.
+// (mixout_kernels/backends/cuda), p is below 1, memory is contiguous, and `stream` is a cudaStream_t.
 #pragma once
 
 #include <cstdint>

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
+
+from tools import mutants
 
 PROGRAM = """
 #include <cstring>
@@ -141,3 +144,16 @@ def test_aborts(program, what, message):
     with pytest.raises(subprocess.CalledProcessError) as error:
         program(f"{what} right 1")
     assert message in error.value.stderr
+
+
+def test_mutants_of_the_kernels():
+    """tools/mutants.py takes out every barrier, wait and fence, one at a time, and knows the tests of each file."""
+    calls = re.compile(r"(?:synchronize_block|copy_async_wait|copy_async_commit|device_fence)\(")
+    found = mutants.mutants(mutants.REPOSITORY)
+    for name, expected in ((path.name, path.read_text()) for path in (mutants.REPOSITORY / mutants.KERNELS).iterdir()):
+        if name in mutants.INTRINSICS:
+            continue
+        removed = [mutant.applied_to(expected) for mutant in found if mutant.source.name == name]
+        assert len(set(removed)) == len(removed) == len(calls.findall(expected))
+        assert all(len(calls.findall(text)) == len(removed) - 1 for text in removed)
+        assert not removed or name in mutants.TESTS

@@ -101,9 +101,10 @@ def product(kernels, problem, backward):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
-def test_splits(kernels, device, monkeypatch, mask, backward):
+@pytest.mark.parametrize("features", [(1030, 1100), (1032, 1096)], ids=["copied by elements", "asynchronous copies"])
+def test_splits(kernels, device, monkeypatch, mask, backward, features):
     """However many blocks share a contraction the result is in the budget, and it is the same in every run."""
-    problem = budget.random_problem((40,), 1030, 1100, dtype=torch.bfloat16, device=device, mask=mask)
+    problem = budget.random_problem((40,), *features, dtype=torch.bfloat16, device=device, mask=mask)
     plans = []
     types = [kernels.primitives.TYPES[torch.bfloat16]] * 2
     for multiprocessors in (1, 20, 1000):
@@ -124,7 +125,7 @@ def test_splits(kernels, device, monkeypatch, mask, backward):
             name=name,
         )
         assert torch.equal(result, product(kernels, problem, backward))
-        plans.append(kernels.primitives._loaded.plan_product(40, 1030, 1100, *types, multiprocessors).splits)
+        plans.append(kernels.primitives._loaded.plan_product(40, *features, *types, multiprocessors).splits)
     assert plans[0] == 1 < plans[1] < plans[2]
 
 
@@ -142,7 +143,7 @@ def test_order_of_threads_and_number_of_stages(kernels, device, mask, backward, 
         pytest.skip(
             "orders and shared memory are chosen in emulation; compute-sanitizer's racecheck does this on a GPU"
         )
-    problem = budget.random_problem((rows,), 1030, 1100, dtype=dtype, mask=mask)
+    problem = budget.random_problem((rows,), 1032, 1096, dtype=dtype, mask=mask)
     results = []
     for order, kilobytes in (("ascending", 99), ("descending", 163), ("random", 227), ("random", 99)):
         kernels.primitives._loaded.emulate(order, seed=len(results), shared_bytes=kilobytes * 1024)
