@@ -3,7 +3,7 @@
 contract.py      what a backend is, and the records that it is called with
 choose.py        which one a call uses
 gpu_linear.py    the linear layer put together from the primitives of a GPU backend, once for both
-cpu.py, cuda.py, triton/
+cpu.py, cuda/, triton/
 """
 
 from .choice import BACKENDS, KERNELS, PREFERENCE, SCHEDULES, Choice, choose, kernels, load, selected
