@@ -17,8 +17,11 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help test test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench bench-step
-.PHONY: bench-neighbours picture codegen gpu mutants sanitize clean
+# What is written once for all backends.
+CORE := tests --ignore=tests/triton --ignore=tests/cuda
+
+.PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench
+.PHONY: bench-step bench-neighbours picture codegen gpu mutants sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,17 +41,22 @@ $(BUILT): $(ENVIRONMENT) $(SOURCES)
 		$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	mkdir -p $(dir $@) && touch $@
 
-test: test-core test-triton test-cuda  ## the whole test suite, without a GPU
+test: test-core test-triton test-cuda  ## the test suite, without a GPU
+
+test-all:  ## the same, with every parametrisation of the core suite for the emulated GPU backends: hours
+	$(MAKE) test ARGS="--exhaustive $(ARGS)"
 
 test-core: $(BUILT)  ## the package on this machine: mathematics, modules, whole models, the benchmarks' own parts
-	$(PY) -m pytest tests --ignore=tests/triton --ignore=tests/cuda $(ARGS)
+	$(PY) -m pytest $(CORE) $(ARGS)
 
 test-triton: $(BUILT)  ## the Triton kernels: executed by the interpreter, and compiled for GPUs that need not be there
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(CORE) --backend triton $(ARGS)
 	$(PY) -m pytest tests/triton $(ARGS)
 
 test-cuda: $(BUILT)  ## the CUDA kernels: executed on the host, and compiled for GPUs that need not be there
 	$(PY) -m pytest tests/cuda $(ARGS)
+	MIXOUT_KERNELS_CUDA_EMULATION=1 $(PY) -m pytest $(CORE) --backend cuda $(ARGS)
 
 test-zoo: $(BUILT)  ## apply_mixout on every model class of transformers that a small config can be made for
 	MIXOUT_KERNELS_ZOO=1 $(PY) -m pytest tests/test_convert_zoo.py $(ARGS)

@@ -5,7 +5,8 @@
     cuda       on a GPU, or in its emulation (MIXOUT_KERNELS_CUDA_EMULATION=1) on CPU tensors
     reference  everywhere, in the tests that have another oracle than the reference itself
 
-``pytest --backend NAME`` (repeatable) keeps only the named ones.
+``pytest --backend NAME`` (repeatable) keeps the tests that run for the named ones alone. Of each test an emulated
+backend takes a few parametrisations, drawn once and for all by the test's name; ``--exhaustive`` takes all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import os
 # for test_mix.py) on two cores that something else was using too.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,11 @@ import torch
 
 from mixout_kernels import _extension, backends
 
+from .memory import guarded_memory, poisoned_memory  # noqa: F401  fixtures of the whole suite
+
 ROOT = Path(__file__).resolve().parents[1]
+# Of each test, unless --exhaustive asks for all. An interpreted kernel takes seconds.
+PARAMETRISATIONS_EMULATED = {"triton": 1, "cuda": 2}
 
 # derandomize: a run is repeatable, on every machine. Few examples: each is a whole forward and backward.
 hypothesis.settings.register_profile(
@@ -109,7 +115,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--backend",
         action="append",
         choices=["reference", *backends.KERNELS],
-        help="run the tests of this backend only (repeatable; default: every one that is available here)",
+        help="only the tests that run for this backend (repeatable; default: every one that is available here)",
+    )
+    parser.addoption(
+        "--exhaustive", action="store_true", help="every parametrisation for emulated backends too, which takes hours"
     )
 
 
@@ -126,6 +135,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", [case for case in cases if case.backend != "reference"], ids=str)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests: dict[tuple[str, Case | None], list[pytest.Item]] = {}
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        case = parameters.get("case", parameters.get("any_case"))
+        tests.setdefault((item.nodeid.partition("[")[0], case), []).append(item)
+    left_out = set()
+    for (name, case), members in tests.items():
+        if case is None:
+            left_out |= set(members) if config.getoption("--backend") else set()
+        elif case.emulated and not config.getoption("--exhaustive"):
+            count = min(len(members), PARAMETRISATIONS_EMULATED[case.backend])
+            left_out |= {*members} - {*random.Random(name).sample(members, count)}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
 # A fixture with parameters and no metafunc.parametrize: that one would also multiply the tests of a folder that has a
 # `device` of its own, as tests/cuda has.
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -139,17 +165,6 @@ def device(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> str:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(1234)
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory holds NaN, so an element that a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,8 @@ import torch.nn.functional as F
 
 import mixout_kernels as mk
 
-from . import budget
+from . import axes, budget
 
-MASKS = ["neuron", "weight"]
 LOW = [torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -25,10 +24,10 @@ def call(problem, case, x, w, b, low):
         )
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("low", LOW, ids=str)
 @pytest.mark.parametrize("target", [True, None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.transposed
 def test_the_weight_is_mixed_in_float32_and_rounded_once(any_case, mask, low, target, transposed):
     problem = problem_of(any_case, mask, low, target, transposed=transposed)
     w, u = problem.w, problem.u
@@ -45,9 +44,9 @@ def test_the_weight_is_mixed_in_float32_and_rounded_once(any_case, mask, low, ta
         budget.assert_close(y.t(), exact, phi, norm1=exact.abs(), norm2=0, dtype=low)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("low", LOW, ids=str)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.targets
 @pytest.mark.parametrize("backward_inside", [False, True], ids=["", "backward-inside"])
 def test_values_and_gradients(any_case, mask, low, target, backward_inside):
     problem = problem_of(any_case, mask, low, target)
@@ -91,7 +90,7 @@ def test_p_0_and_eval_mode_are_autocast_linear(any_case, options):
         assert y.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_input_that_is_low_already(any_case, mask):
     """What arrives from the layer before: a bfloat16 activation at a float32 weight."""
     problem = problem_of(any_case, mask, torch.bfloat16)

@@ -3,17 +3,15 @@
 import pytest
 import torch
 
-from . import budget
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+from . import axes, budget
 
 
 def problem_of(dtype, mask="neuron"):
     return budget.random_problem((33,), 100, 63, dtype=dtype, p=0.7, mask=mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.dtypes
+@axes.masks
 def test_plain_torch_is_within(dtype, mask):
     problem = problem_of(dtype, mask)
     budget.assert_in_budget(problem, budget.plain_torch(problem))
@@ -61,7 +59,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", list(MISTAKES))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@axes.dtypes
 def test_mistakes_are_not(mistake, dtype):
     problem = problem_of(dtype)
     with pytest.raises(AssertionError, match=r"outside the budget|expected"):

@@ -9,9 +9,7 @@ from torch._functorch import config as functorch_config
 import mixout_kernels as mk
 from mixout_kernels import draws
 
-from . import budget
-
-MASKS = ["neuron", "weight"]
+from . import axes, budget
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +47,8 @@ def assert_same(first, second):
         assert (a is None and b is None) or torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.masks
+@axes.targets
 def test_equals_eager_bit_for_bit(case, mask, target):
     problem = budget.random_problem((16,), 100, 63, device=case.device, mask=mask, target=target)
     for schedule in case.schedules():
@@ -62,7 +60,7 @@ def test_equals_eager_bit_for_bit(case, mask, target):
         assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_inductor_equals_eager_bit_for_bit(case, mask):
     problem = budget.random_problem((16,), 100, 63, device=case.device, mask=mask)
     eager = layer(problem, case)
@@ -72,7 +70,7 @@ def test_inductor_equals_eager_bit_for_bit(case, mask):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_no_recompilation_for_a_new_seed_or_batch_size(case, mask):
     eager = layer(budget.random_problem((8,), 100, 63, device=case.device, mask=mask), case)
     call, counter = compiled(eager)
@@ -99,7 +97,7 @@ def test_no_recompilation_with_a_dynamic_batch(case):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_module_draws_a_fresh_mask_for_each_call(device, mask, backend):
     linear = nn.Linear(100, 63).to(device)
     module = mk.MixLinear.from_linear(linear, p=0.5, target=torch.zeros_like(linear.weight), mask=mask)
@@ -134,7 +132,7 @@ def test_model_trains_as_in_eager(device):
         assert torch.equal(ours, eager)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_mixout(case, mask):
     w, u = torch.randn(2, 30, 20, device=case.device)
 
@@ -166,7 +164,7 @@ def test_under_autocast(case):
     assert_same(results(call, problem, 3), results(eager, problem, 3))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_reference(device, mask):
     problem = budget.random_problem((16,), 100, 63, device=device, mask=mask)
 

@@ -6,6 +6,8 @@ from torch import nn
 
 import mixout_kernels as mk
 
+from . import axes
+
 
 class Encoder(nn.Module):
     """Two blocks, an attention, an embedding, dropouts of three kinds, and a head that is not pretrained."""
@@ -62,7 +64,7 @@ def mixed_names(model):
     return {name for name, module in model.named_modules() if isinstance(module, (mk.MixLinear, mk.MixConv1D))}
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_swaps_every_pretrained_linear_in_place(mask):
     model = Encoder()
     parameters = dict(model.named_parameters())

@@ -19,6 +19,8 @@ if _extension.load()[0] is None:
 
 from mixout_kernels.backends import cpu
 
+from . import axes
+
 OUT, IN = 36, 44
 # (row, column) strides of a weight [OUT, IN], and the offset.
 DECISIONS = {
@@ -126,8 +128,8 @@ def test_mixout_list_takes_a_draw_for_each_weight(compute):
         assert out.stride() == weight.stride()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.schedules
+@axes.transposed
 @pytest.mark.parametrize("target", [True, False], ids=["target", "zero"])
 @pytest.mark.parametrize("q", [0.5, 0.75])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -149,7 +151,7 @@ def test_the_products(draw, schedule, transposed, target, q):
     equal(db, g_rows.sum(0))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.schedules
 @pytest.mark.parametrize("lies", [False, True, "a part"], ids=["", "transposed", "a part"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed weight"])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -193,7 +195,7 @@ def test_staged_with_the_weight_as_operand_is_f_linear_bit_for_bit(dtype, lies, 
     equal(dx, torch.autograd.grad(expected, x_leaf, g)[0])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.schedules
 @pytest.mark.parametrize("target", [True, False], ids=["target", "zero"])
 def test_a_fixed_width_is_filled_with_zeros_and_loses_what_does_not_fit(schedule, target):
     draw = Draw(torch.tensor([11]), 0.5, (0, 1))
@@ -214,7 +216,7 @@ def test_a_fixed_width_is_filled_with_zeros_and_loses_what_does_not_fit(schedule
         equal(dw, expected)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.schedules
 @pytest.mark.parametrize("width", [None, 30, 0])
 def test_a_saved_input_of_another_mask_is_refused(schedule, width):
     draw = Draw(torch.tensor([11]), 0.5, (0, 1))

@@ -9,9 +9,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from . import budget
+from . import axes, budget
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -31,8 +30,8 @@ def assert_exact(problem, case, schedule=None):
     rows=st.lists(st.integers(0, 9), min_size=0, max_size=3),
     in_features=st.integers(1, 70),
     out_features=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES),
-    mask=st.sampled_from(["neuron", "weight"]),
+    dtype=st.sampled_from(axes.DTYPES),
+    mask=st.sampled_from(axes.MASKS),
     p=st.sampled_from([0.5, 0.75]),
     seed=st.integers(-(2**63), 2**63 - 1),
     target=st.sampled_from([True, None]),
@@ -62,9 +61,9 @@ def test_any_shape(any_case, rows, in_features, out_features, dtype, mask, p, se
         assert_exact(problem, any_case, schedule)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.dtypes
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("shape", [(1, 1000, 1), (1000, 1, 63), (63, 100, 1000), (257, 1000, 63)], ids=str)
 def test_odd_sizes(any_case, dtype, mask, target, shape):
     any_case.require(dtype)
@@ -86,9 +85,9 @@ def test_odd_sizes(any_case, dtype, mask, target, shape):
         assert_exact(problem, any_case, schedule)
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 @pytest.mark.parametrize("target", [True, torch.bfloat16, None], ids=["target", "bf16 target", "zero"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.transposed
 @pytest.mark.parametrize(
     "shape", [(13, 800, 33), (15, 193, 770), (29, 192, 768), (390, 31, 17), (1025, 96, 64)], ids=str
 )
@@ -112,7 +111,7 @@ def test_more_than_one_block(any_case, mask, target, transposed, shape):
 
 
 def test_paper_gradient_is_the_true_one_without_the_factor(any_case):
-    for mask in ("neuron", "weight"):
+    for mask in axes.MASKS:
         problem = budget.random_problem((20,), 63, 40, device=any_case.device, p=0.75, mask=mask, integers=True)
         for schedule in any_case.schedules():
             true = budget.ours(problem, any_case.backend, schedule=schedule)
@@ -124,8 +123,8 @@ def test_paper_gradient_is_the_true_one_without_the_factor(any_case):
             assert torch.equal(paper.db, true.db)
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.masks
+@axes.transposed
 def test_any_number_of_threads(any_case, mask, transposed):
     """Blocks of work begin and end elsewhere: at the first thread's last element something would be left or doubled."""
     if any_case.device != "cpu":

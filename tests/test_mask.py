@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import mixout_kernels as mk
-from mixout_kernels import draws
+
+from . import axes
 
 SEEDS = [0, 1, -1, 12345, 2**63 - 1, -(2**63), 2**63 + 5, 2**64 - 1]
 PROBABILITIES = [0.0, 1e-12, 1e-9, 0.1, 0.5, 0.7, 0.999, math.nextafter(1.0, 0.0), 1.0]
 # 1024 and 16384 are block and thread sizes of the CPU loops; the others leave remainders of every kind.
 LENGTHS = [1, 2, 3, 5, 63, 100, 1023, 1024, 1025, 16385]
-MASKS = list(draws.KINDS)
 
 
 def signed(seed):
@@ -39,7 +39,7 @@ def bound(n, p):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_equals_the_reference(case, seed, p):
-    for mask in MASKS:
+    for mask in axes.MASKS:
         shape = (37, 63)
         assert torch.equal(backend_mask(case, seed, p, shape, mask), reference_mask(seed, p, shape, mask))
 
@@ -66,12 +66,12 @@ def test_equals_the_reference_over_several_threads(case):
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)])
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_empty(case, shape, mask):
     assert backend_mask(case, 1, 0.5, shape, mask).shape == reference_mask(1, 0.5, shape, mask).shape
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_public_function(device, mask):
     seed = torch.tensor([77], dtype=torch.int64, device=device)
     for shape in [(6, 5), (7,), (3, 4, 5)]:
@@ -137,7 +137,7 @@ def test_other_seeds_and_neighbours_are_independent(p):
             assert abs(pairs.sum().item() - pairs.numel() * agree) <= bound(pairs.numel(), agree)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_no_seed_draws_from_the_default_generator(device, mask):
     w = torch.randn(40, 50, device=device)
     x = torch.randn(3, 50, device=device)

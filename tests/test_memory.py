@@ -6,9 +6,7 @@ import torch.nn.functional as F
 
 import mixout_kernels as mk
 
-from . import budget
-
-DTYPES = [torch.float32, torch.bfloat16]
+from . import axes, budget
 
 
 def saved_by(problem, case, needs="xwb", **context):
@@ -43,8 +41,8 @@ def nbytes(tensors):
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.wide_and_narrow
+@axes.targets
 @pytest.mark.parametrize("rows", [(33,), (4, 33)], ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.7, 0.9])
 def test_neuron_mask_keeps_the_kept_columns_and_the_seed(case, dtype, target, rows, p):
@@ -55,8 +53,8 @@ def test_neuron_mask_keeps_the_kept_columns_and_the_seed(case, dtype, target, ro
     assert sorted(t.dtype.itemsize for t in saved) == sorted([dtype.itemsize, 8])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.wide_and_narrow
+@axes.targets
 def test_weight_mask_keeps_the_input_itself_and_the_seed(case, dtype, target):
     problem = budget.random_problem((33,), 400, 300, dtype=dtype, device=case.device, mask="weight", target=target)
     saved, x = saved_by(problem, case)
@@ -65,7 +63,7 @@ def test_weight_mask_keeps_the_input_itself_and_the_seed(case, dtype, target):
     assert nbytes(new) == 8
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 @pytest.mark.parametrize("needs", ["x", "b", "xb"])
 def test_a_frozen_weight_keeps_the_seed_alone(case, mask, needs):
     problem = budget.random_problem((33,), 400, 300, device=case.device, mask=mask)
@@ -97,8 +95,8 @@ def allocations(run):
     return sorted((event.nbytes() for event in events if event.nbytes() > 0), reverse=True)
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.masks
+@axes.targets
 def test_mixout_allocates_its_result_and_nothing_else_of_that_size(case, mask, target):
     if case.backend != "cpu":
         pytest.skip("the CPU allocator is what the profiler sees here")
@@ -109,7 +107,7 @@ def test_mixout_allocates_its_result_and_nothing_else_of_that_size(case, mask, t
     assert sum(sizes[1:]) < problem.w.nbytes / 100
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.transposed
 @pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["float32", "autocast"])
 def test_staged_forward_allocates_the_mixed_weight_once(case, transposed, low):
     """One temporary of the weight's size, in the dtype of the product: no mask, no difference, no cast."""
@@ -133,9 +131,9 @@ def test_staged_forward_allocates_the_mixed_weight_once(case, transposed, low):
     assert sorted(of_the_layer) == sorted([*of_the_product, weight_bytes])
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.transposed
+@axes.masks
+@axes.targets
 def test_fused_products_allocate_their_results_alone(case, mask, target, transposed):
     """Phi never lies in memory: y and dx are larger than the weight here, and nothing else of its size comes to be."""
     if case.backend != "cpu" or "fused" not in case.schedules():
@@ -154,7 +152,7 @@ def test_fused_products_allocate_their_results_alone(case, mask, target, transpo
     assert backward == [problem.x.nbytes]
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.transposed
 @pytest.mark.parametrize("mask", ["neuron", "weight", "output", "layer"])
 def test_a_masked_gradient_of_the_plain_weight_allocates_its_results_alone(case, mask, transposed):
     """At p = 0 the products read w itself: nothing is mixed, and nothing of the weight's size is made but dw."""

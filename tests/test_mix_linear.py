@@ -6,11 +6,8 @@ import torch.nn.functional as F
 
 import mixout_kernels as mk
 
-from . import budget
+from . import axes, budget
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-MASKS = ["neuron", "weight"]
-TARGETS = [True, None]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -20,9 +17,9 @@ def assert_in_budget(problem, case, **options):
         budget.assert_in_budget(problem, results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.dtypes
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("p", [1e-9, 0.5, 0.7, 0.9, 1.0])
 def test_dtypes_masks_and_probabilities(any_case, dtype, mask, target, p):
     any_case.require(dtype)
@@ -33,8 +30,8 @@ def test_dtypes_masks_and_probabilities(any_case, dtype, mask, target, p):
         assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.masks
+@axes.transposed
 def test_bfloat16_target_of_a_float32_weight(any_case, mask, transposed):
     any_case.require(torch.float32, torch.bfloat16)
     problem = budget.random_problem(
@@ -43,9 +40,9 @@ def test_bfloat16_target_of_a_float32_weight(any_case, mask, transposed):
     assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@axes.masks
+@axes.targets
+@axes.wide_and_narrow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1000, 63, 1), (1, 1000, 100), (100, 1000, 63), (63, 1, 1000)], ids=str)
 def test_odd_sizes(any_case, mask, target, dtype, shape):
     any_case.require(dtype)
@@ -58,8 +55,8 @@ def test_odd_sizes(any_case, mask, target, dtype, shape):
     assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("p", [0.5, 0.9])
 def test_many_rows(any_case, mask, target, p):
     any_case.skip_if_emulated("too many products")
@@ -67,8 +64,8 @@ def test_many_rows(any_case, mask, target, p):
     assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("rows", [(), (5,), (2, 5), (2, 3, 4), (0,), (3, 0), (1, 1, 1)], ids=str)
 def test_input_dimensions(any_case, mask, target, rows):
     problem = budget.random_problem(rows, 100, 63, device=any_case.device, mask=mask, target=target)
@@ -81,8 +78,8 @@ def test_input_dimensions(any_case, mask, target, rows):
 
 @pytest.mark.parametrize("in_features", [0, 5])
 @pytest.mark.parametrize("out_features", [0, 5])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.masks
+@axes.targets
 def test_no_features(any_case, in_features, out_features, mask, target):
     """nn.Linear allows either to be 0."""
     problem = budget.random_problem((3,), in_features, out_features, device=any_case.device, mask=mask, target=target)
@@ -109,8 +106,8 @@ def strided_like(shape, view, device):
     return t
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("view", list(STRIDED))
 def test_strided_inputs_and_gradients(any_case, mask, target, view):
     problem = budget.random_problem((4, 6), 50, 30, device=any_case.device, mask=mask, target=target)
@@ -119,8 +116,8 @@ def test_strided_inputs_and_gradients(any_case, mask, target, view):
     assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.masks
+@axes.targets
 def test_gradient_of_a_sum(any_case, mask, target):
     """``y.sum().backward()`` hands over one element, expanded to the output's shape with strides of zero."""
     problem = budget.random_problem((5,), 50, 30, device=any_case.device, mask=mask, target=target)
@@ -128,10 +125,10 @@ def test_gradient_of_a_sum(any_case, mask, target):
     assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("view", ["transposed", "every second row", "every second column", "offset"])
 @pytest.mark.parametrize("same", [True, False], ids=["both", "weight-only"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@axes.wide_and_narrow
 def test_strided_weights(any_case, mask, view, same, dtype):
     """Any layout of the weight, and a target that lies in memory as the weight does or otherwise."""
     any_case.require(dtype)
@@ -150,7 +147,7 @@ def test_strided_weights(any_case, mask, view, same, dtype):
     assert_in_budget(strided, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("p", [0.5, 0.9])
 def test_paper_gradient_is_1_minus_p_times_the_true_one(any_case, mask, p):
     problem = budget.random_problem((20,), 63, 40, device=any_case.device, p=p, mask=mask)
@@ -159,7 +156,7 @@ def test_paper_gradient_is_1_minus_p_times_the_true_one(any_case, mask, p):
         budget.assert_in_budget(problem, results, factor=lambda name: 1 - p if name == "dw" else 1.0)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_strided_biases(any_case, mask):
     for view in (lambda b: torch.stack([b, b + 1], dim=1)[:, 0], lambda b: b[:1].expand(b.shape)):
         problem = budget.random_problem((8,), 48, 32, device=any_case.device, mask=mask)
@@ -167,7 +164,7 @@ def test_strided_biases(any_case, mask):
         assert_in_budget(problem, any_case)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("rows", [(), (6,), (2, 3)], ids=str)
 def test_the_output_can_be_modified_in_place(any_case, mask, rows):
     """``nn.Linear`` before ``nn.ReLU(inplace=True)``, or ``h = layer(x); h += residual``."""
@@ -183,7 +180,7 @@ def test_the_output_can_be_modified_in_place(any_case, mask, rows):
             assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_the_same_seed_gives_the_same_bits(any_case, mask):
     problem = budget.random_problem((40,), 100, 63, device=any_case.device, mask=mask)
     for schedule in any_case.schedules():
@@ -205,8 +202,8 @@ def test_seeds_as_ints_and_tensors(any_case):
     assert not torch.equal(y(-8), y(-7))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", TARGETS, ids=["target", "zero"])
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("needs", ["x", "w", "b", "xw", "xb", "wb", "xwb", ""])
 def test_gradients_that_are_asked_for(any_case, mask, target, needs):
     problem = budget.random_problem((7,), 63, 20, device=any_case.device, mask=mask, target=target)
@@ -225,7 +222,7 @@ def test_gradients_that_are_asked_for(any_case, mask, target, needs):
             assert torch.equal(leaf.grad, getattr(expected, f"d{name}"))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_no_grad_and_inference_mode(any_case, mask):
     problem = budget.random_problem((7,), 63, 20, device=any_case.device, mask=mask)
     x, w, b = budget.leaves(problem)
@@ -255,8 +252,8 @@ def test_gradients_accumulate_over_calls(any_case):
 # --- p = 0, p = 1 and eval mode ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
+@axes.dtypes
+@axes.masks
 @pytest.mark.parametrize("options", [{"p": 0.0}, {"p": 0}, {"p": 0.7, "training": False}], ids=str)
 def test_p_0_and_eval_mode_are_linear(any_case, dtype, mask, options):
     problem = budget.random_problem((33,), 100, 63, dtype=dtype, device=any_case.device, mask=mask)
@@ -274,8 +271,8 @@ def test_p_0_and_eval_mode_are_linear(any_case, dtype, mask, options):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", MASKS)
+@axes.dtypes
+@axes.masks
 @pytest.mark.parametrize("rows", [33, 1100])
 @pytest.mark.parametrize("p", [1, 1.0])
 def test_p_1_is_linear_in_the_target(any_case, dtype, mask, rows, p):
@@ -297,7 +294,7 @@ def test_p_1_is_linear_in_the_target(any_case, dtype, mask, rows, p):
             assert torch.equal(results.y, y)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_p_1_without_a_target_is_the_bias(any_case, mask):
     problem = budget.random_problem((5,), 100, 63, device=any_case.device, p=1.0, mask=mask, target=None)
     results = budget.ours(problem, any_case.backend)

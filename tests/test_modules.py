@@ -11,7 +11,8 @@ from torch import nn
 
 import mixout_kernels as mk
 
-MASKS = ["neuron", "weight"]
+from . import axes
+from .memory import keep_of
 
 
 def linear_of(device="cpu", **options):
@@ -36,7 +37,7 @@ def expected_output(module, x, seed=5):
     return mk.mix_linear(x, module.weight, module.target, module.bias, p=module.p, mask=module.mask)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("bias", [True, False])
 def test_constructor_is_that_of_linear(mask, bias):
     torch.manual_seed(3)
@@ -52,7 +53,7 @@ def test_constructor_is_that_of_linear(mask, bias):
     assert list(module.state_dict()) == list(linear.state_dict())
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_forward_is_mix_linear(device, mask):
     module = moved(mk.MixLinear.from_linear(linear_of(device), p=0.5, mask=mask))
     x = torch.randn(7, 20, device=device)
@@ -61,7 +62,7 @@ def test_forward_is_mix_linear(device, mask):
     # Each output is x times the mixed weight of the mask that manual_seed governs, computed here by hand.
     torch.manual_seed(5)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    keep = mk.keep_mask(seed, p=0.5, shape=module.weight.shape, mask=mask)
+    keep = keep_of(module.weight, 0.5, mask, seed)
     phi = torch.where(keep, module.target + (module.weight - module.target) * 2, module.target)
     torch.testing.assert_close(y, F.linear(x, phi, module.bias))
 
@@ -210,7 +211,7 @@ def test_functional_call(device):
     assert module.weight.grad is None
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_func_grad(device, mask):
     """torch.func differentiates through its own interpreter, not through the autograd engine: the reference's job."""
     module = moved(mk.MixLinear.from_linear(linear_of(device), p=0.5, mask=mask))
@@ -295,7 +296,7 @@ def conv1d(nf, nx):
     return pytorch_utils.Conv1D(nf, nx)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_conv1d_is_the_linear_of_its_transpose(device, mask):
     conv = conv1d(12, 20).to(device)
     linear = nn.Linear(20, 12).to(device)

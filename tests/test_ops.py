@@ -6,9 +6,7 @@ import torch
 import mixout_kernels as mk
 from mixout_kernels import draws, ops
 
-from . import budget
-
-MASKS = list(draws.KINDS)
+from . import axes, budget
 
 
 def check(operator, arguments):
@@ -26,8 +24,8 @@ def linear_arguments(case, problem, width, *, operand=None, kept_input=None):
     return x, w, problem.u, b, operand, kept_input, seed, *settings_of(case, problem, width)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("shape", [(7,), (5, 7)], ids=str)
 def test_mixout(case, mask, target, shape):
     w, u = torch.randn(2, *shape, device=case.device)
@@ -42,7 +40,7 @@ def test_mixout(case, mask, target, shape):
     [("weight", 0), ("output", 0), ("layer", 0), ("neuron", 16), ("neuron", 40), ("neuron", None)],
     ids=str,
 )
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.targets
 def test_mix_linear(case, mask, width, target):
     if width is None and case.device != "cpu":
         pytest.skip("exactly the kept columns are saved on the CPU only: their number is in the seed's value")
@@ -50,7 +48,7 @@ def test_mix_linear(case, mask, width, target):
     check(ops.mix_linear_op, linear_arguments(case, problem, width))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_mix_linear_without_a_gradient_of_the_weight(case, mask, bias):
     problem = budget.random_problem((2, 3), 40, 6, device=case.device, p=0.75, mask=mask, bias=bias)
@@ -59,9 +57,9 @@ def test_mix_linear_without_a_gradient_of_the_weight(case, mask, bias):
     check(ops.mix_linear_op, arguments)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.transposed
 def test_mix_linear_backward(case, mask, needs, transposed):
     problem = budget.random_problem((2, 3), 40, 6, device=case.device, p=0.75, mask=mask, transposed=transposed)
     width = 32 if mask == "neuron" else 0
@@ -70,7 +68,7 @@ def test_mix_linear_backward(case, mask, needs, transposed):
     check(ops.mix_linear_backward_op, (problem.g, saved.detach(), w.detach(), u, None, seed, *settings, needs))
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_what_a_sampler_hands_in(case, mask):
     """A mixed weight, and the kept columns of a sibling's input: the same bits as without, and traceable."""
     problem = budget.random_problem((6,), 40, 8, device=case.device, p=0.75, mask=mask, integers=True)
@@ -89,8 +87,8 @@ def test_what_a_sampler_hands_in(case, mask):
     check(ops.mix_linear_op, linear_arguments(case, problem, capacity, **handed_in))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.masks
+@axes.targets
 def test_the_operator_equals_the_function(case, mask, target):
     """The public function goes past the dispatcher; the registered operator is what a compiled graph runs."""
     problem = budget.random_problem((6,), 40, 6, device=case.device, p=0.75, mask=mask, target=target, integers=True)
@@ -115,7 +113,7 @@ def test_width_are_the_kept_ones(case):
         assert not saved[:, kept.shape[1] :].any()
 
 
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.targets
 def test_a_draw_beyond_the_capacity_is_memory_safe(case, target):
     """Its probability is < 2e-12 for column_capacity; forced here. y, dx, db are whole, dw loses what did not fit."""
     problem = budget.random_problem((6,), 40, 6, device=case.device, p=0.5, target=target, integers=True)

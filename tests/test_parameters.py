@@ -1,11 +1,13 @@
 """``mk.mixout`` on Parameters other than a Linear's weight: the neuron axis is axis 1, the input, in all of them."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mixout_kernels as mk
+
+from . import axes
+from .memory import keep_of
 
 SEED, P = 5, 0.5
 
@@ -40,14 +42,14 @@ def test_embedding_drops_embedding_dimensions(device):
     torch.testing.assert_close(y, expected)
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_attention_in_proj_weight(device, mask):
     attention = nn.MultiheadAttention(8, 2, batch_first=True, device=device)
     x = torch.randn(2, 3, 8, device=device)
     target = torch.zeros_like(attention.in_proj_weight)
     y, _ = mixed_call(attention, "in_proj_weight", target, x, x, x, mask=mask)
     with torch.no_grad():
-        keep = mk.keep_mask(SEED, p=P, shape=attention.in_proj_weight.shape, mask=mask).to(device)
+        keep = keep_of(attention.in_proj_weight, P, mask, SEED)
         attention.in_proj_weight.copy_(torch.where(keep, attention.in_proj_weight / (1 - P), 0))
     torch.testing.assert_close(y, attention(x, x, x)[0])
 

@@ -1,13 +1,16 @@
 """Monte Carlo: what mixout is for. Bounds are six standard errors, for fixed seeds.
 
-One call with mask="weight" on a weight of N equal rows is N independent draws for that row; with mask="neuron" the
-same holds for equal columns. So each expectation costs a few calls.
+One call with mask="weight" or "output" on a weight of N equal rows is N independent draws for that row; with
+mask="neuron" the same holds for equal columns. So each expectation costs a few calls. mask="layer" is one draw a call.
 """
 
 import pytest
 import torch
 
 import mixout_kernels as mk
+from mixout_kernels.draws import strides_of
+
+from . import axes
 
 SIGMAS = 6
 
@@ -25,15 +28,16 @@ def assert_mean(samples, mean, variance, *, resolution):
 
 @pytest.mark.parametrize("p", [0.2, 0.7])
 @pytest.mark.parametrize("target", [True, False], ids=["target", "zero"])
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@pytest.mark.parametrize("mask", [mask for mask in axes.MASKS if mask != "layer"])
 def test_mixed_weight_has_the_mean_and_variance_of_the_paper(any_case, p, target, mask):
     """E Phi = w and Var Phi = p / (1 - p) (w - u)^2 (Lee, Cho & Kang, section 3)."""
     n = draws_of(any_case)
     w, u = 1 + torch.rand(2, 8, device=any_case.device)
     u = u if target else torch.zeros_like(u)
-    rows = [t.expand(n, 8) if mask == "weight" else t.unsqueeze(1).expand(8, n) for t in (w, u)]
+    by_row = strides_of(mask, (n, 8))[0] != 0
+    rows = [t.expand(n, 8) if by_row else t.unsqueeze(1).expand(8, n) for t in (w, u)]
     phi = mk.mixout(rows[0], rows[1] if target else None, p=p, mask=mask, seed=17, backend=any_case.backend)
-    samples = (phi if mask == "weight" else phi.t()).double()
+    samples = (phi if by_row else phi.t()).double()
     variance = p / (1 - p) * (w - u).double() ** 2
     assert_mean(samples, w.double(), variance, resolution=0.5)
     deviations = (samples - w.double()) ** 2

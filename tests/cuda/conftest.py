@@ -10,18 +10,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["MIXOUT_KERNELS_CUDA_EMULATION"] = "1"
 
-import math
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
-from torch import Tensor
 
 from . import emulation
-
-GUARD_BYTES = 256  # keeps the alignment that fresh memory has
-POISON = 0xFF  # NaN in every floating-point dtype
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,29 +46,5 @@ def same_order_in_every_run() -> None:
 
 
 @pytest.fixture(autouse=True)
-def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory for results is poisoned, and lies between guard zones that must be untouched after the test."""
-    buffers: list[Tensor] = []
-
-    def empty(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        bytes_ = math.prod(shape) * dtype.itemsize
-        buffer = torch.full((bytes_ + 2 * GUARD_BYTES,), POISON, dtype=torch.uint8, device=device)
-        buffers.append(buffer)
-        return buffer[GUARD_BYTES : GUARD_BYTES + bytes_].view(dtype).view(shape)
-
-    def empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        transposed = t.dim() == 2 and not t.is_contiguous() and t.t().is_contiguous()
-        memory = empty(t.t().shape if transposed else t.shape, dtype=dtype or t.dtype, device=t.device)
-        return memory.t() if transposed else memory
-
-    def new_empty(t: Tensor, *shape: Any) -> Tensor:
-        return empty(*shape, dtype=t.dtype, device=t.device)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch, "empty_like", empty_like)
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    yield
-    for buffer in buffers:
-        guards = torch.cat([buffer[:GUARD_BYTES], buffer[len(buffer) - GUARD_BYTES :]])
-        assert bool((guards == POISON).all()), "a kernel wrote outside its result"
+def _guarded(guarded_memory: None) -> None:
+    """Guard the results of every test here."""

@@ -9,7 +9,8 @@ from mixout_kernels import reference
 from mixout_kernels.backends import MixedWeight, WeightGradient
 from mixout_kernels.draws import Draw, column_capacity
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from .. import axes
+
 OFFSETS = [0, 2**33 + 3]  # of a shard of the input features
 
 
@@ -21,7 +22,7 @@ def kept_columns(draw, features):
     return reference.decisions(draw, (1, features)).flatten().nonzero().flatten()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@axes.gpu_dtypes
 @pytest.mark.parametrize("features", [1, 63, 256, 1030])
 @pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("p", [1e-9, 0.7, 1 - 2.0**-33])
@@ -45,8 +46,10 @@ def test_gather_of_rows_with_gaps(kernels, device):
     assert torch.equal(kernels.primitives.gather_columns(x, draw, len(kept)), x[:, kept])
 
 
-@pytest.mark.parametrize("types", [(d, d) for d in DTYPES] + [(d, torch.float32) for d in DTYPES[1:]], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
+@pytest.mark.parametrize(
+    "types", [(d, d) for d in axes.GPU_DTYPES] + [(d, torch.float32) for d in axes.GPU_DTYPES[1:]], ids=str
+)
+@axes.transposed
 @pytest.mark.parametrize("features", [1, 63, 1030])
 @pytest.mark.parametrize("overflow", [False, True], ids=["", "overflow"])
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -66,7 +69,7 @@ def test_scatter(kernels, device, types, transposed, features, overflow, offset)
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("schedule", ["fused", "staged"])
+@axes.schedules
 def test_what_is_saved(kernels, device, schedule):
     """None is exactly the kept columns, of the gradient's threshold; 0 is nothing."""
     x, w = torch.randn(8, 100, device=device), torch.randn(24, 100, device=device)

@@ -9,7 +9,11 @@ import torch
 
 from mixout_kernels import reference
 from mixout_kernels.backends import MixedWeight, WeightGradient
-from mixout_kernels.draws import KINDS, Draw, strides_of
+from mixout_kernels.draws import Draw, strides_of
+
+from .. import axes
+from ..memory import poison_dropped
+from ..placements import PLACEMENTS, draw_at
 
 LAYOUTS = [False, True]
 SEED = -(2**62) + 12345
@@ -22,22 +26,12 @@ TYPES = {  # weight, target, compute
     "fp32, bf16 target": (torch.float32, torch.bfloat16, torch.bfloat16),
     "fp32 to fp16": (torch.float32, torch.float32, torch.float16),
 }
-# Decisions for a matrix [out, in]: the strides and the offset. Every fast path, with the kinds, and what has none.
-MATRIX_MASKS = {
-    **{kind: lambda shape, kind=kind: (strides_of(kind, shape), 0) for kind in KINDS},
-    "columns of a shard": lambda shape: ((0, 1), 2**33 + 3),
-    "entries of a shard": lambda shape: ((shape[1] + 9, 1), 5),
-    "entries, column by column": lambda shape: ((1, shape[0]), 0),
-    "every second row": lambda shape: ((2, 0), 1),
-    "every third column": lambda shape: ((0, 3), 0),
-    "any strides": lambda shape: ((3, 7), 11),
-}
 
 
-@pytest.fixture(params=MATRIX_MASKS)
+@pytest.fixture(params=PLACEMENTS)
 def matrix_draw(request, device):
     def draw(shape, p):
-        return Draw(seed_tensor(device), p, *MATRIX_MASKS[request.param](shape))
+        return draw_at(request.param, shape, p, SEED, device)
 
     return draw
 
@@ -47,21 +41,13 @@ def seed_tensor(device, seed=SEED):
 
 
 def random(shape, dtype, device, *, transposed=False):
-    shape = shape[::-1] if transposed else shape
-    drawn = torch.randn(shape, dtype=torch.float64).to(device, dtype)
-    return drawn.t() if transposed else drawn
+    return axes.normal(shape, dtype, device, "transposed" if transposed else "contiguous")
 
 
 def expected_phi(w, u, draw, factor, dtype):
     """The formula in float32: the weight may be rounded to the compute dtype only once."""
     w, u = w.float(), torch.zeros_like(w).float() if u is None else u.float()
     return torch.where(reference.decisions(draw, w.shape), u + (w - u) * factor, u).to(dtype)
-
-
-def poison_dropped(w, draw):
-    """NaN and Inf wherever the mask drops w: none of them may reach a result."""
-    poison = torch.where(torch.arange(w.numel(), device=w.device).view(w.shape) % 2 == 0, math.nan, math.inf)
-    w.copy_(torch.where(reference.decisions(draw, w.shape), w, poison.to(w.dtype)))
 
 
 def bits(t):
@@ -91,15 +77,15 @@ def other_draw(kind, shape, device, p):
         yield Draw(seed_tensor(device), p, strides_of(kind, shape, axis), offset=axis * 6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", axes.MASKS)
 @pytest.mark.parametrize("shape", [(1,), (1000,), (4, 63, 3), (3, 5, 2, 7)], ids=str)
 def test_keep_mask_of_any_dimension(kernels, device, kind, shape):
     for draw in other_draw(kind, shape, device, 0.5):
         assert torch.equal(kernels.keep_mask(draw, shape), reference.decisions(draw, shape).expand(shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@axes.gpu_dtypes
+@pytest.mark.parametrize("kind", axes.MASKS)
 @pytest.mark.parametrize("shape", [(1,), (1000,), (63, 100), (130, 256), (4, 63, 3), (3, 5, 2, 7)], ids=str)
 @pytest.mark.parametrize("target", [True, False], ids=["target", "zero"])
 def test_mixout(kernels, device, dtype, kind, shape, target):
@@ -152,15 +138,15 @@ def test_mixout_list(kernels, device, monkeypatch):
         random((40, 520), torch.float32, device, transposed=True),
         random((130, 72), torch.bfloat16, device),
         random((17, 200), torch.bfloat16, device),
-        *(random((63, 72), torch.float32, device, transposed=transposed) for transposed in LAYOUTS * len(MATRIX_MASKS)),
+        *(random((63, 72), torch.float32, device, transposed=transposed) for transposed in LAYOUTS * len(PLACEMENTS)),
     ]
     targets = [random(w.shape, w.dtype, device, transposed=not w.is_contiguous()) for w in weights]
     targets[6] = None
     targets[3] = None
     seeds = torch.arange(len(weights), device=device) * 2**40 - 7
-    masks = list(MATRIX_MASKS.values())
+    masks = list(PLACEMENTS.values())
     draws = [
-        Draw(seeds[k : k + 1], 0.5 + 0.49 * k / len(weights), *masks[k // 2 % len(masks)](w.shape))
+        Draw(seeds[k : k + 1], 0.5 + 0.49 * k / len(weights), *masks[k // 2 % len(masks)](*w.shape))
         for k, w in enumerate(weights)
     ]
     outs = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights]
@@ -194,7 +180,7 @@ def backward(kernels, g, saved, phi, gradient, schedule, *, dx=False, dw=False):
     return kernels.mix_linear_backward(g, saved, phi, gradient, (dx, dw, False), schedule)
 
 
-@pytest.mark.parametrize("transposed", LAYOUTS, ids=["[out, in]", "[in, out]"])
+@axes.transposed
 def test_an_operand_that_is_there_already(kernels, device, transposed):
     """It is used as it is: w itself holds NaN here."""
     w = torch.full((24, 40), math.nan, device=device)
@@ -210,9 +196,9 @@ def test_an_operand_that_is_there_already(kernels, device, transposed):
 
 
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
-@pytest.mark.parametrize("transposed", LAYOUTS, ids=["[out, in]", "[in, out]"])
+@axes.transposed
 @pytest.mark.parametrize("shape", [(1, 1), (63, 100), (130, 72)], ids=str)
-@pytest.mark.parametrize("schedule", ["fused", "staged"])
+@axes.schedules
 def test_operand_of_the_products(kernels, matrix_draw, device, types, transposed, shape, schedule):
     """With x, or g, the identity the product is Phi itself; dropped entries of w hold NaN and Inf."""
     weight, target, compute = types
@@ -232,7 +218,7 @@ def test_operand_of_the_products(kernels, matrix_draw, device, types, transposed
 
 
 @pytest.mark.parametrize("types", [TYPES["fp32"], TYPES["bf16"], TYPES["fp32 to bf16"]], ids=str)
-@pytest.mark.parametrize("transposed", LAYOUTS, ids=["[out, in]", "[in, out]"])
+@axes.transposed
 def test_gradient_mask(kernels, matrix_draw, device, types, transposed):
     """dw of g = identity is x where the second threshold keeps it, scaled and rounded once, and exactly zero elsewhere.
 

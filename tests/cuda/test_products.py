@@ -6,34 +6,31 @@ import pytest
 import torch
 
 import mixout_kernels as mk
-from mixout_kernels.draws import KINDS, Draw, strides_of
+from mixout_kernels.draws import Draw, strides_of
 
-from .. import budget
-
-MASKS = list(KINDS)
-HALF = [torch.bfloat16, torch.float16]
+from .. import axes, budget
 
 
 def assert_in_budget(problem, schedule, **options):
     budget.assert_in_budget(problem, budget.ours(problem, "cuda", schedule=schedule, **options))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.gpu_dtypes
+@axes.masks
+@axes.targets
 @pytest.mark.parametrize("p", [1e-9, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("schedule", ["fused", "staged"])
+@axes.schedules
 def test_probabilities(device, dtype, mask, target, p, schedule):
     problem = budget.random_problem((33,), 100, 63, dtype=dtype, device=device, p=p, mask=mask, target=target)
     assert_in_budget(problem, schedule)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
+@axes.masks
+@axes.transposed
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (63, 130, 100), (64, 1100, 136), (100, 128, 1160), (130, 200, 130), (260, 72, 64)], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@axes.wide_and_narrow
 def test_shapes(device, mask, transposed, shape, dtype):
     rows, in_features, out_features = shape
     for bias in (True, False):
@@ -43,10 +40,10 @@ def test_shapes(device, mask, transposed, shape, dtype):
         assert_in_budget(problem, "fused")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", MASKS)
+@axes.wide_and_narrow
+@axes.masks
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("schedule", ["fused", "staged"])
+@axes.schedules
 def test_gradients_dropped_alone(device, dtype, mask, p, schedule):
     """A second threshold for the gradient; at p = 0 the operand is w itself."""
     problem = budget.random_problem((33,), 100, 63, dtype=dtype, device=device, p=p, grad_p=0.6, mask=mask)
@@ -55,16 +52,16 @@ def test_gradients_dropped_alone(device, dtype, mask, p, schedule):
 
 @pytest.mark.parametrize("rows", [(), (2, 3, 4), (0,), (3, 0)], ids=str)
 @pytest.mark.parametrize("schedule", [None, "fused", "staged"])
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 def test_input_dimensions(device, rows, schedule, mask):
     problem = budget.random_problem(rows, 72, 64, dtype=torch.bfloat16, device=device, mask=mask)
     assert_in_budget(problem, schedule)
 
 
-@pytest.mark.parametrize("schedule", ["fused", "staged"])
-@pytest.mark.parametrize("compute", HALF, ids=str)
+@axes.schedules
+@axes.half
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, None], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
+@axes.transposed
 def test_float32_weight_in_half_precision(device, schedule, compute, target, transposed):
     """What autocast asks for: dw comes back in float32, rounded no more than the product is."""
     problem = budget.random_problem((33,), 136, 72, device=device, target=target, transposed=transposed)
@@ -99,7 +96,7 @@ def product(kernels, problem, backward):
     return kernels.primitives.fused_linear(problem.x, problem.w, problem.u, None, draw, draw, 0)[0]
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 @pytest.mark.parametrize("features", [(1030, 1100), (1032, 1096)], ids=["copied by elements", "asynchronous copies"])
 def test_splits(kernels, device, monkeypatch, mask, backward, features):
@@ -134,7 +131,7 @@ def phi(problem):
     return budget.plain_mixout(problem.w.float(), u, problem.keep, problem.scale).to(problem.w.dtype)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@axes.masks
 @pytest.mark.parametrize("backward", [False, True], ids=["y", "dx"])
 @pytest.mark.parametrize(("rows", "dtype"), [(40, torch.bfloat16), (70, torch.bfloat16), (40, torch.float32)], ids=str)
 def test_order_of_threads_and_number_of_stages(kernels, device, mask, backward, rows, dtype):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mixout_kernels as mk
 
+from .. import axes
 from .models import (
     albert,
     bert,
@@ -225,7 +226,7 @@ def test_activation_checkpointing():
     assert_is_the_loop(Checkpointed().double(), batch, lambda model, batch: model(batch["x"]))
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_mixout_in_the_model_changes_nothing(mask):
     model, batch = spread(bert()), padded_batch()
     expected = mk.fisher(model, [batch])

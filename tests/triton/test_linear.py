@@ -9,15 +9,13 @@ from mixout_kernels import reference
 from mixout_kernels.backends import MixedWeight, WeightGradient
 from mixout_kernels.backends import triton as backend
 from mixout_kernels.backends.triton import fused_linear, primitives
-from mixout_kernels.draws import KINDS, Draw, GradientMask, column_capacity, strides_of
+from mixout_kernels.draws import Draw, GradientMask, column_capacity, strides_of
 
-from .. import budget
+from .. import axes, budget
+from ..placements import PLACEMENTS, SHAPES, draw_at
 from .conftest import needs_interpreter
-from .placements import PLACEMENTS, SHAPES, draw_at
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("guarded_memory")]
-SCHEDULES = ["fused", "staged"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = (True, True, True)
 
 
@@ -41,10 +39,10 @@ class Layer:
         return backend.mix_linear_backward(self.problem.g, saved, self.phi, self.gradient, needs, schedule)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mask", KINDS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.gpu_dtypes
+@axes.masks
+@axes.schedules
+@axes.targets
 @pytest.mark.parametrize("grad_p", [0.0, 0.4])
 def test_within_budget(dtype, mask, schedule, target, grad_p):
     for shape, p, transposed in (((130, 63, 100), 0.7, False), ((17, 100, 63), 0.5, True), ((1, 1, 1), 1e-9, False)):
@@ -60,9 +58,9 @@ def test_within_budget(dtype, mask, schedule, target, grad_p):
         budget.assert_in_budget(problem, results)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@axes.gpu_dtypes
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.schedules
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed weight"])
 def test_multiplies_exactly_phi(dtype, placement, schedule, transposed):
     """With x = 1 the result is Phi^T, with g = 1 dx is Phi: the operand inside the GEMM, bit for bit."""
@@ -82,7 +80,7 @@ def test_multiplies_exactly_phi(dtype, placement, schedule, transposed):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.schedules
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed weight"])
 def test_the_gradient_has_a_threshold_of_its_own(placement, schedule, transposed):
     """dw = scale * M_q * (g^T x), exactly for small integers, from the words that mixed with p."""
@@ -103,8 +101,8 @@ def test_the_gradient_has_a_threshold_of_its_own(placement, schedule, transposed
         assert torch.equal(db, g.sum(0))
 
 
-@pytest.mark.parametrize("mask", KINDS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.masks
+@axes.schedules
 @pytest.mark.parametrize(
     ("target", "compute"),
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (None, torch.float16)],
@@ -134,8 +132,8 @@ def test_a_float32_weight_in_a_narrower_product(mask, schedule, target, compute)
         )
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
+@axes.schedules
+@axes.targets
 @pytest.mark.parametrize("grad_p", [0.0, 0.4])
 def test_saved_columns(schedule, target, grad_p):
     """x[:, kept] at a fixed width, and at exactly the kept columns."""
@@ -149,9 +147,9 @@ def test_saved_columns(schedule, target, grad_p):
         assert not saved[:, len(kept) :].any()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("target", [True, None], ids=["target", "zero"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@axes.schedules
+@axes.targets
+@axes.transposed
 def test_overflow_of_the_capacity(schedule, target, transposed):
     """Columns that do not fit lose their gradient, and no memory but the outputs is touched (``guarded_memory``)."""
     problem = budget.random_problem((33,), 100, 63, target=target, transposed=transposed, bias=False)
@@ -168,8 +166,8 @@ def test_overflow_of_the_capacity(schedule, target, transposed):
     assert all(result.isfinite().all() for result in (y, dx, db))
 
 
-@pytest.mark.parametrize("mask", KINDS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.masks
+@axes.schedules
 def test_a_dropped_weight_has_no_gradient_whatever_g_is(mask, schedule):
     problem = budget.random_problem((5,), 63, 100, p=0.5, mask=mask)
     problem.g[2] = torch.inf
@@ -178,8 +176,8 @@ def test_a_dropped_weight_has_no_gradient_whatever_g_is(mask, schedule):
     assert not dw[problem.keep].isfinite().any()
 
 
-@pytest.mark.parametrize("mask", KINDS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@axes.masks
+@axes.schedules
 def test_only_the_gradients_that_are_needed(mask, schedule):
     problem = budget.random_problem((5,), 63, 100, mask=mask)
     layer = Layer(problem, width=column_capacity(63, problem.p))
@@ -191,7 +189,7 @@ def test_only_the_gradients_that_are_needed(mask, schedule):
             assert not needed or torch.allclose(result, complete, rtol=1e-6, atol=1e-6)  # two orders of summation of db
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_rows_that_are_not_side_by_side(mask):
     """Inputs and gradients that are slices, transposes or expanded."""
     problem = budget.random_problem((2, 5), 100, 63, mask=mask)
@@ -199,12 +197,12 @@ def test_rows_that_are_not_side_by_side(mask):
     wide[..., 7:107] = problem.x
     strided = budget.replace(problem, x=wide[..., 7:107], g=problem.g.transpose(0, 1).contiguous().transpose(0, 1))
     expanded = budget.replace(problem, g=torch.ones(1, 1, 1).expand(problem.g.shape))
-    for schedule, variant in itertools.product(SCHEDULES, (strided, expanded)):
+    for schedule, variant in itertools.product(axes.SCHEDULES, (strided, expanded)):
         budget.assert_in_budget(variant, budget.ours(variant, "triton", schedule=schedule))
 
 
-@pytest.mark.parametrize("mask", KINDS)
-@pytest.mark.parametrize("schedule", [*SCHEDULES, "auto"])
+@axes.masks
+@pytest.mark.parametrize("schedule", [*axes.SCHEDULES, "auto"])
 def test_an_operand_made_ahead_is_what_is_multiplied(mask, schedule):
     """In both directions; dw and x[:, kept] come from the draw all the same."""
     problem = budget.random_problem((5,), 63, 100, mask=mask, bias=False)

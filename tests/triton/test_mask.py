@@ -8,10 +8,11 @@ import triton.language as tl
 from mixout_kernels import reference
 from mixout_kernels.backends import triton as backend
 from mixout_kernels.backends.triton import mask as masks
-from mixout_kernels.draws import KINDS, Draw, strides_of
+from mixout_kernels.draws import Draw, strides_of
 
+from .. import axes
+from ..placements import PLACEMENTS, SHAPES, draw_at
 from .conftest import needs_interpreter
-from .placements import PLACEMENTS, SHAPES, draw_at
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("guarded_memory")]
 SEEDS = [0, 5, -1, 2**62 + 12345, -(2**63)]
@@ -22,7 +23,7 @@ def assert_mask(draw, shape):
     assert torch.equal(backend.keep_mask(draw, shape), reference.decisions(draw, shape).expand(shape))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", axes.MASKS)
 @pytest.mark.parametrize(
     "shape", [(), (1,), (9,), (1, 1), (3, 5), (7, 1030), (64, 64), (3, 5, 7), (4, 6, 3, 3)], ids=str
 )

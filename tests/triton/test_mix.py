@@ -9,26 +9,14 @@ from mixout_kernels import reference
 from mixout_kernels.backends import triton as backend
 from mixout_kernels.backends.triton import mix
 from mixout_kernels.backends.triton import mix_list as mix_list_module
-from mixout_kernels.draws import KINDS, Draw, GradientMask, strides_of
+from mixout_kernels.draws import Draw, GradientMask, strides_of
 
+from .. import axes
+from ..memory import poison_dropped
+from ..placements import PLACEMENTS, SHAPES, draw_at
 from .conftest import needs_interpreter
-from .placements import PLACEMENTS, SHAPES, draw_at
 
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("guarded_memory")]
-
-
-def tensor(shape, dtype=torch.float32, layout="contiguous"):
-    if layout == "transposed":
-        return torch.randn(*reversed(shape)).to(dtype).t()
-    if layout == "strided":
-        return torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, ::2]
-    return torch.randn(shape).to(dtype)
-
-
-def poison_dropped(w, draw):
-    """Writes NaN and Inf into w where it is not kept."""
-    bad = torch.where(torch.arange(w.numel()).reshape(w.shape) % 2 == 0, torch.nan, torch.inf).to(w.dtype)
-    return w.copy_(torch.where(reference.decisions(draw, w.shape), w, bad))
 
 
 def expected_phi(w, u, draw, dtype):
@@ -41,8 +29,8 @@ def assert_phi(phi, w, u, draw):
     assert not phi.isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@axes.gpu_dtypes
+@pytest.mark.parametrize("kind", axes.MASKS)
 @pytest.mark.parametrize(
     "shape", [(1,), (130,), (1, 1), (63, 100), (100, 63), (5, 1030), (4, 63, 3), (3, 5, 2, 7)], ids=str
 )
@@ -50,8 +38,8 @@ def test_mixout(dtype, kind, shape):
     for p in (1e-9, 0.5, 0.9):
         draw = Draw(torch.tensor([31]), p, strides_of(kind, shape))
         for target in (True, False):
-            w = poison_dropped(tensor(shape, dtype), draw)
-            u = tensor(shape, dtype) if target else None
+            w = poison_dropped(axes.normal(shape, dtype), draw)
+            u = axes.normal(shape, dtype) if target else None
             phi = backend.mixout(w, u, draw, draw.scale)
             assert phi.is_contiguous()
             assert_phi(phi, w, u, draw)
@@ -61,7 +49,7 @@ def test_mixout(dtype, kind, shape):
 def test_any_axis_of_the_input_features(axis):
     shape = (6, 10, 12)
     draw = Draw(torch.tensor([31]), 0.5, strides_of("neuron", shape, axis))
-    w, u = poison_dropped(tensor(shape), draw), tensor(shape)
+    w, u = poison_dropped(axes.normal(shape), draw), axes.normal(shape)
     assert_phi(backend.mixout(w, u, draw, draw.scale), w, u, draw)
 
 
@@ -71,20 +59,23 @@ def test_any_axis_of_the_input_features(axis):
 def test_placements_in_every_layout(placement, layout, shape):
     draw = draw_at(placement, shape)
     for target in ("contiguous", "transposed"):
-        w, u = poison_dropped(tensor(shape, layout=layout), draw), tensor(shape, torch.bfloat16, target)
+        w, u = (
+            poison_dropped(axes.normal(shape, layout=layout), draw),
+            axes.normal(shape, torch.bfloat16, layout=target),
+        )
         assert_phi(backend.mixout(w, u, draw, draw.scale), w, u, draw)
 
 
 def test_into_the_weight_itself():
     draw = draw_at("weight", (63, 100))
-    w = tensor((63, 100))
+    w = axes.normal((63, 100))
     expected = expected_phi(w, None, draw, w.dtype)
     assert mix.mix_into(w, w, None, draw, draw.scale) is w
     assert torch.equal(w, expected)
 
 
 def test_factor_is_the_callers():
-    draw, w = draw_at("neuron", (63, 100)), tensor((63, 100))
+    draw, w = draw_at("neuron", (63, 100)), axes.normal((63, 100))
     assert torch.equal(
         backend.mixout(w, None, draw, 0.25), torch.where(reference.decisions(draw, w.shape), w * 0.25, 0.0)
     )
@@ -100,9 +91,9 @@ def assert_list(weights, targets, draws, dtype):
         assert torch.equal(phi, expected_phi(w, u, draw, dtype))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", axes.MASKS)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "mixed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@axes.wide_and_narrow
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, None], ids=str)
 def test_list(kind, layout, dtype, target):
     """Weights of one layout, or of three with targets of another; a p for each, and seeds anywhere in memory."""
@@ -113,8 +104,10 @@ def test_list(kind, layout, dtype, target):
     for k, (shape, seed, p) in enumerate(zip(shapes, seeds, rates, strict=True)):
         how = ("contiguous", "transposed", "strided")[k % 3] if layout == "mixed" else layout
         draws.append(Draw(seed, p, strides_of(kind, shape)))
-        weights.append(poison_dropped(tensor(shape, layout=how), draws[-1]))
-        targets.append(None if target is None else tensor(shape, target, "contiguous" if layout == "mixed" else how))
+        weights.append(poison_dropped(axes.normal(shape, layout=how), draws[-1]))
+        targets.append(
+            None if target is None else axes.normal(shape, target, layout="contiguous" if layout == "mixed" else how)
+        )
     assert_list(weights, targets, draws, dtype)
 
 
@@ -123,8 +116,8 @@ def test_list_of_every_placement(layout):
     weights, targets, draws = [], [], []
     for k, (placement, shape) in enumerate(itertools.product(PLACEMENTS, SHAPES)):
         draws.append(draw_at(placement, shape, p=0.3 + 0.02 * k, seed=k))
-        weights.append(poison_dropped(tensor(shape, layout=layout), draws[-1]))
-        targets.append(tensor(shape, layout=layout))
+        weights.append(poison_dropped(axes.normal(shape, layout=layout), draws[-1]))
+        targets.append(axes.normal(shape, layout=layout))
     assert_list(weights, targets, draws, torch.float32)
 
 
@@ -144,7 +137,7 @@ def launches(monkeypatch):
     return launched
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", axes.MASKS)
 @pytest.mark.parametrize("column_major", [False, True])
 def test_one_launch_for_weights_that_differ_in_p_and_shape(launches, kind, column_major):
     weights = [torch.zeros(16, 4 * n).t() if column_major else torch.zeros(4 * n, 16) for n in range(1, 40)]

@@ -7,6 +7,7 @@ import torch
 
 import mixout_kernels as mk
 
+from .. import axes
 from . import models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU HERE: CUDA graphs")
@@ -43,7 +44,7 @@ class Step:
 
 
 @pytest.mark.parametrize("options", [{}, {"premix": False}, {"host_targets": True}], ids=str)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_replays_equal_eager_steps(mask, options):
     model = models.with_mixout(models.attention_net(), mask=mask, device="cuda")
     eager, step = Step(copy.deepcopy(model), **options), Step(model, **options)

@@ -11,6 +11,7 @@ from torch import nn
 import mixout_kernels as mk
 from mixout_kernels.sampler import host_memory
 
+from .. import axes
 from . import models
 from .transformers_models import MODELS, inputs, make
 
@@ -31,7 +32,7 @@ def train(model, x, tracked=True, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 @pytest.mark.parametrize("piece_bytes", [1, 3000, 2**26])
 def test_the_same_bits(name, mask, piece_bytes, device, monkeypatch):
     monkeypatch.setattr(host_memory, "PIECE_BYTES", piece_bytes)

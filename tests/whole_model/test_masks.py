@@ -10,12 +10,13 @@ import torch.nn.utils.parametrize
 
 import mixout_kernels as mk
 
+from .. import axes
 from . import models
 from .transformers_models import MODELS, inputs, make
 
 
 @pytest.mark.parametrize("premix", [True, False], ids=["premix", ""])
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_forward_is_the_plain_model_over_the_reference_mix(mask, premix):
     """On a CPU to the last bit; gradients within the error budget."""
     model = models.with_mixout(models.attention_net(), mask=mask)

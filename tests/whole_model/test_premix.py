@@ -9,6 +9,7 @@ from torch import nn
 import mixout_kernels as mk
 from mixout_kernels import _extension
 
+from .. import axes
 from . import models
 from .transformers_models import MODELS, inputs, make
 
@@ -34,20 +35,20 @@ def assert_premix_changes_no_bit(name, mask):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_premix_changes_no_bit(name, mask):
     assert_premix_changes_no_bit(name, mask)
 
 
 @pytest.mark.fused_product
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_premix_changes_no_bit_of_a_fused_product(name, mask):
     assert_premix_changes_no_bit(name, mask)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 def test_under_autocast_phi_is_mixed_in_float32_and_rounded_once(low, mask):
     model = models.with_mixout(models.attention_net(), mask=mask)
     mk.MixSampler(model)

@@ -7,6 +7,7 @@ from torch import nn
 
 import mixout_kernels as mk
 
+from .. import axes
 from . import models
 from .transformers_models import inputs, make
 
@@ -71,7 +72,7 @@ def test_a_conv1d_model_from_its_checkpoint(tmp_path):
     assert model.train()(inputs("gpt2")).isfinite().all()
 
 
-@pytest.mark.parametrize("mask", ["neuron", "weight"])
+@axes.masks
 @pytest.mark.parametrize("premix", [True, False], ids=["premix", ""])
 def test_bfloat16_targets(mask, premix):
     """Exactly the float32 mix of the rounded target."""
