@@ -63,7 +63,7 @@ def apply_mixout(
         subclasses: True mixes subclasses of Linear too that have no forward of their own. A list of classes mixes
             those, with the mixed forward in place of theirs.
         frozen: True mixes weights that do not require grad too, for those that are thawed later.
-        policy: "linear", or "with-dropout": only layers whose parent module has a dropout rate above 0, which is what
+        policy: "linear", or "after-dropout": only layers whose parent module has a dropout rate above 0, which is what
             the paper's authors did for BERT (its intermediate layers have none).
         missing_keys: names of parameters that were not in the checkpoint, as ``load_state_dict(strict=False)`` and
             ``from_pretrained(output_loading_info=True)`` return them.

@@ -15,7 +15,7 @@ from .evidence import own_patterns
 from .modules import MixedLayer, forward_reaches_class, is_conv1d
 from .patterns import Rates, each_must_match, matches, patterns
 
-Policy = Literal["linear", "with-dropout"]
+Policy = Literal["linear", "after-dropout"]
 
 # Linear layers whose module is seldom or never called, since the class around them reads their weight itself.
 READ_ELSEWHERE = {
@@ -69,7 +69,7 @@ def select(
     """Judges every linear layer of the model by everything that ``apply_mixout`` documents."""
     included = None if include is None else patterns(function, "include", include)
     excluded = () if exclude is None else patterns(function, "exclude", exclude)
-    checks.choice(function, "policy", policy, ("linear", "with-dropout"))
+    checks.choice(function, "policy", policy, ("linear", "after-dropout"))
     checks.flag(function, "frozen", frozen)
     allowed = _allowed_subclasses(function, subclasses)
     layers = linear_layers(model)
@@ -164,7 +164,7 @@ def _reason_of_policy(parents: list[nn.Module], policy: Policy) -> str | None:
     for parent in parents:
         if any(rates_of(module) for module in (parent, *parent.children())):
             return None
-    return "its module has no dropout that mixout could replace (policy='with-dropout')"
+    return "its module has no dropout that mixout could replace (policy='after-dropout')"
 
 
 def _called(model: nn.Module, modules: list[nn.Module], example: Any) -> set[int]:

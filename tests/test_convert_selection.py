@@ -225,10 +225,10 @@ def test_a_complex_layer_does_not_block_a_model():
 def test_only_layers_with_a_dropout_to_replace():
     """As the paper's authors did for BERT: its intermediate layers have no dropout."""
     model = nn.ModuleDict({"self": Block(0.1), "intermediate": Block(), "off": Block(0.0)})
-    report = mk.apply_mixout(model, p=0.5, policy="with-dropout")
+    report = mk.apply_mixout(model, p=0.5, policy="after-dropout")
     assert set(report.mixed) == {"self.query", "self.output"}
     assert report.skipped["intermediate.query"].startswith("its module has no dropout that mixout could replace")
-    with pytest.raises(ValueError, match="policy: expected one of 'linear', 'with-dropout', got 'all'"):
+    with pytest.raises(ValueError, match="policy: expected one of 'linear', 'after-dropout', got 'all'"):
         mk.apply_mixout(net(), p=0.5, policy="all")
 
 
