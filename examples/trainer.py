@@ -29,6 +29,7 @@ def main(checkpoint):
             ),
             train_dataset=[{**tokenizer(text), "labels": label} for text, label in EXAMPLES],
             processing_class=tokenizer,
+            callbacks=[mk.MixSamplerCallback(sampler)],  # the sampler's state goes into Trainer's checkpoints
         )
         trainer.train()
     mk.remove_mixout(model)  # a plain model again, to evaluate, save or export
