@@ -56,9 +56,7 @@ class Drawn:
     axis: int | None
     seed: SeedOn = fresh_seed
 
-    def __call__(self, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:  # of a layer in a block that is off
-            return None
+    def __call__(self, gradient: Tensor) -> Tensor:
         seed, shape = self.seed(gradient.device), gradient.shape
         if self.rescale or self.p == 1:
             return mixout(gradient, None, p=self.p, mask=self.mask, axis=self.axis, seed=seed)
@@ -67,6 +65,9 @@ class Drawn:
         keep = keep.view([size if stride else 1 for size, stride in zip(shape, strides, strict=True)])
         return torch.where(keep, gradient, 0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"seed": fresh_seed}  # a copy has no sampler: nothing would advance its masks
+
 
 @dataclass
 class Fixed:
@@ -74,9 +75,7 @@ class Fixed:
 
     keep: Tensor
 
-    def __call__(self, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:
-            return None
+    def __call__(self, gradient: Tensor) -> Tensor:
         if self.keep.device != gradient.device:
             self.keep = self.keep.to(gradient.device)
         return torch.where(self.keep, gradient, 0)
@@ -176,15 +175,22 @@ class GradientMasks:
             if known is not None:
                 known[1].remove()
             if parameter.requires_grad:
-                self._handles[place] = parameter, parameter.register_hook(hook)
+                self._handles[place] = parameter, parameter.register_hook(_InTraining(place.module, hook))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has Parameters of its own, and no sampler: nothing would advance its masks.
-        hooks = {
-            place: Drawn(hook.name, hook.p, hook.mask, hook.rescale, hook.axis) if isinstance(hook, Drawn) else hook
-            for place, hook in self.hooks.items()
-        }
-        return self.__dict__ | {"hooks": hooks, "sampler": None, "_seeds": None, "_numbers": {}, "_handles": {}}
+        # A copy has Parameters of its own, and no sampler.
+        return self.__dict__ | {"sampler": None, "_seeds": None, "_numbers": {}, "_handles": {}}
+
+
+class _InTraining(NamedTuple):
+    """A hook on a Parameter. In evaluation its gradient stays whole, as that of a mixed layer does."""
+
+    module: nn.Module
+    mask: Drawn | Fixed
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        # None: of a layer in a block that is off
+        return self.mask(gradient) if gradient is not None and self.module.training else gradient
 
 
 class _SeedOf(NamedTuple):

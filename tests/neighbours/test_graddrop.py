@@ -565,3 +565,13 @@ def test_the_learning_rates_factor():
         mk.learning_rate_factor(1)
     with pytest.raises(ValueError, match=r"learning_rate_factor: grad_p: expected a number in \[0, 1\], got 2"):
         mk.learning_rate_factor(0.5, 2)
+
+
+def test_evaluation_is_whole():
+    """So the Fisher information is the same with graddrop in the model."""
+    model, batch = spread(bert(**BERT_OFF)).train(), padded_batch()
+    expected = {per: mk.fisher(model, [batch], per=per) for per in ("example", "batch")}
+    mk.apply_graddrop(model, p=0.5)
+    for per, tensors in expected.items():
+        for name, tensor in mk.fisher(model, [batch], per=per).items():
+            torch.testing.assert_close(tensor, tensors[name], rtol=1e-10, atol=0, msg=name)
