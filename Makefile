@@ -20,7 +20,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # What is written once for all backends.
 CORE := tests --ignore=tests/triton --ignore=tests/cuda
 
-.PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune bench
+.PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune
+.PHONY: experiments bench
 .PHONY: bench-step bench-neighbours picture codegen gpu mutants sanitize clean
 .DEFAULT_GOAL := help
 
@@ -86,6 +87,10 @@ docs: $(BUILT)  ## the documentation, in site/
 
 finetune: $(BUILT)  ## the main job: MiniLM fine-tuned with dropout and with mixout; ARGS=--help lists its options
 	$(PY) -m examples.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
+
+experiments: $(BUILT)  ## of the paper: least squares and the digits (figures 5 and 2); finished runs are kept
+	$(PY) -m examples.experiments least-squares --output $(OUT)/experiments $(ARGS)
+	$(PY) -m examples.experiments digits --output $(OUT)/experiments $(ARGS)
 
 bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
 	$(PY) -m benchmarks.layers --output $(OUT)/bench $(ARGS)

@@ -41,6 +41,7 @@ def main(checkpoint):
     assert all(one == everyone[0] for one in everyone), "the ranks went apart"
     if rank == 0:
         print(f"{ranks} ranks, the same weights and masks on each after {sampler.step} steps")
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from . import checks, dropout_rates
 from .checkpoints import Pretrained, Source
+from .draws import Mask
 from .evidence import Evidence
-from .functional import Mask
 from .modules import MixedLayer, frozen_copy, to_mixed, to_plain
 from .patterns import Rates
 from .report import Report

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ def _every_entry(shape: Shape, axis: int) -> Strides:
     return tuple(reversed(strides))
 
 
+Mask = Literal["neuron", "weight", "output", "layer"]
+
 # name: (shape, the axis of input features) -> strides
 KINDS: dict[str, Callable[[Shape, int], Strides]] = {
     "neuron": _one_axis,  # one decision per input feature (paper, eq. 8)
@@ -47,6 +49,11 @@ KINDS: dict[str, Callable[[Shape, int], Strides]] = {
 def strides_of(kind: str, shape: Shape, axis: int | None = None) -> Strides:
     """The strides of this kind for a weight of this shape; ``axis`` is that of the input features (None: 1, if any)."""
     return KINDS[kind](shape, min(1, len(shape) - 1) if axis is None else axis)
+
+
+def decides_once(kind: str) -> bool:
+    """Whether this kind has one decision for a weight as a whole."""
+    return not any(strides_of(kind, (2, 2)))
 
 
 def fresh_seed(device: torch.device) -> Tensor:

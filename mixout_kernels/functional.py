@@ -12,9 +12,8 @@ from torch.autograd import forward_ad
 
 from . import backends, checks, ops, reference
 from .backends import MixedWeight, WeightGradient
-from .draws import Draw, GradientMask, column_capacity, scale_of, shares_columns, strides_of
+from .draws import Draw, GradientMask, Mask, column_capacity, scale_of, shares_columns, strides_of
 
-Mask = Literal["neuron", "weight", "output", "layer"]
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 Schedule = Literal["fused", "staged"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .draws import Mask, decides_once
 from .evidence import DEFAULT_HEADS, own_patterns
-from .functional import Mask
 from .gradient_masks import Block, Drawn, Fixed, GradientMasks, Place, gradient_masks_of
 from .modules import MixedLayer, is_conv1d, to_mixed, to_plain
 from .patterns import Rates, each_must_match, matches, patterns
@@ -123,7 +123,7 @@ def apply_graddrop(
         return report
     assert p is not None
     matched = _matched(model, Rates("apply_graddrop", p), include, exclude, report)
-    blocks = _blocks_of(model, matched, report) if mask == "layer" else {}
+    blocks = _blocks_of(model, matched, report) if decides_once(mask) else {}
     matched = [one for one in matched if one.name not in report.skipped]
     if not matched:
         reasons = ", ".join(f"{name} ({why})" for name, why in list(report.skipped.items())[:8])

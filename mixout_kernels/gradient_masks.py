@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .draws import fresh_seed, strides_of
-from .functional import Mask, keep_mask, mixout
+from .draws import Mask, fresh_seed, strides_of
+from .functional import keep_mask, mixout
 
 _ATTRIBUTE = "_gradient_masks"
 

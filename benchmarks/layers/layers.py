@@ -15,7 +15,8 @@ import mixout_kernels as mk
 from benchmarks.common.methods import plain_mixout
 from benchmarks.common.rows import Fact
 from mixout_kernels import backends
-from mixout_kernels.functional import Backend, Mask, Schedule
+from mixout_kernels.draws import Mask
+from mixout_kernels.functional import Backend, Schedule
 
 from .cases import Case, Operands
 

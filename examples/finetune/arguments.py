@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixout_kernels.draws import KINDS as MASKS
-from mixout_kernels.functional import Mask
+from mixout_kernels.draws import Mask
 
 from .neighbours import NEIGHBOURS, NeighbourKind
 from .settings import KINDS, Kind, Settings, Variant

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.common.errors import CommandError
 from benchmarks.common.methods import Kind, Method
-from mixout_kernels.functional import Mask
+from mixout_kernels.draws import Mask
 
 from . import neighbours
 from .neighbours import NEIGHBOURS, Batches, NeighbourKind
