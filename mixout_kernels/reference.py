@@ -140,37 +140,12 @@ def mixed_weight(
     if draw.p == 1:  # nothing is kept; 1 / (1 - p) does not exist
         return torch.where(keep, w, u).to(dtype)
     if gradient != GradientMask.of(draw.p):
-        w = _MaskGradient.apply(w, decisions(draw.at(gradient.q), weight.shape), gradient.scale * (1 - draw.p))
+        keep_gradient = decisions(draw.at(gradient.q), weight.shape)
+        w = _Substitute.apply(w, w.detach(), keep_gradient, gradient.scale * (1 - draw.p))
     # where, not a product with the mask: a NaN or Inf in a dropped w must not reach the result. The inner where keeps
     # it out of the gradient too.
     difference = torch.where(keep, w, u) - u
     return torch.where(keep, difference * scale_of(draw.p) + u, u).to(dtype)
-
-
-class _MaskGradient(torch.autograd.Function):
-    """Identity in forward; the derivative is ``factor`` where ``keep``, zero elsewhere."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, keep: Tensor, factor: float) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        _, keep, ctx.factor = inputs
-        ctx.save_for_backward(keep)
-        ctx.save_for_forward(keep)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (keep,) = ctx.saved_tensors
-        return torch.where(keep, grad * ctx.factor, 0.0), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (keep,) = ctx.saved_tensors
-        return torch.where(keep, tangent * ctx.factor, 0.0)
 
 
 class _Substitute(torch.autograd.Function):

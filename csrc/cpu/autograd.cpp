@@ -6,7 +6,6 @@
 #include <type_traits>
 #include <utility>
 
-
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -45,7 +44,8 @@ class MixLinearBackward : public torch::autograd::Node {
     target_ = SavedVariable(or_undefined(phi.target), false);
     operand_ = SavedVariable(or_undefined(phi.operand), false);
     // Under hooks (checkpointing) the saved input may be made anew, by a mask that is drawn anew.
-    if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) seed_ = SavedVariable(seed_tensor(draw_.seed), false);
+    if (!at::SavedTensorDefaultHooks::get_tls_state().stack.empty())
+      seed_ = SavedVariable(seed_tensor(draw_.seed), false);
   }
 
   variable_list apply(variable_list&& gradients) override {
@@ -57,8 +57,9 @@ class MixLinearBackward : public torch::autograd::Node {
     if (const Tensor seed = seed_.unpack(); seed.defined())
       TORCH_CHECK(
           static_cast<uint64_t>(seed.item<int64_t>()) == draw_.seed,
-          "mix_linear: the forward pass was recomputed with another mask: expected the seed of the first time. Recompute it "
-          "with torch's generator restored (checkpoint's preserve_rng_state=True), or give the model a MixSampler");
+          "mix_linear: the forward pass was recomputed with another mask: expected the seed of the first time. "
+          "Recompute it with torch's generator restored (checkpoint's preserve_rng_state=True), or give the model a "
+          "MixSampler");
     const std::array<bool, 3> needs{
         task_should_compute_output(0), task_should_compute_output(1), task_should_compute_output(2)};
     const bool traced = at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() ||

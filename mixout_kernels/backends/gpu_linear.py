@@ -59,10 +59,13 @@ class Primitives(Protocol):
     def fused_input_gradient(self, g: Tensor, weight: Tensor, target: Tensor | None, draw: Draw) -> Tensor:
         """dx ``[rows, in]`` = g Phi."""
 
-    def weight_gradient(
-        self, g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool, fused: bool
-    ) -> tuple[Tensor, Tensor]:
-        """dw, in the weight's dtype and layout, and db ``[out]`` (empty unless asked for)."""
+    def fused_weight_gradient(
+        self, g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """dw, in the weight's dtype and layout, and db ``[out]`` (empty unless asked for); None without such a kernel.
+
+        ``saved`` is x[:, kept] for a draw by column, else x.
+        """
 
 
 def mix_linear(
@@ -77,7 +80,7 @@ def mix_linear(
     weight, target, operand, draw = phi
     width = gradient.width
     if width is None:  # on the CPU alone, where the host can read the mask
-        width = int(primitives.keep_mask(gradient.draw, weight.shape).sum()) // weight.shape[0]
+        width = int(primitives.keep_mask(gradient.draw, (1, weight.shape[1])).sum())
     if operand is None and _is_fused(primitives, x, weight, target, schedule):
         y, kept = primitives.fused_linear(x, weight, target, bias, draw, gradient.draw, width)
     else:
@@ -111,13 +114,27 @@ def mix_linear_backward(
     if needs_dw:
         saved = _rows(saved_input)
         _check_width(saved, weight, gradient)
-        dw, db = primitives.weight_gradient(g, saved, weight, gradient.draw, gradient.scale, needs_db, fused)
-    elif needs_db:
+        wanted = g, saved, weight, gradient.draw, gradient.scale
+        if fused and (both := primitives.fused_weight_gradient(*wanted, needs_db)) is not None:
+            return dx, *both
+        dw = _staged_weight_gradient(primitives, *wanted)
+    if needs_db:
         db = g.sum(0)
     return dx, dw, db
 
 
-def staged_weight_gradient(
+def recorded_linear(
+    input: Tensor,
+    phi: MixedWeight,
+    bias: Tensor | None,
+    kept_input: Tensor | None,
+    gradient: WeightGradient,
+    schedule: str,
+) -> None:
+    """Left to ``ops.MixLinearFunction``: there is no node in C++ for a GPU."""
+
+
+def _staged_weight_gradient(
     primitives: Primitives, g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float
 ) -> Tensor:
     """dw by the vendor's GEMM and one pass over it, in the memory order of the weight."""

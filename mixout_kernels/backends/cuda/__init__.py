@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import _extension
 from .. import gpu_linear
 from ..contract import MixedWeight, WeightGradient
+from ..gpu_linear import recorded_linear as recorded_linear
 from . import primitives
 from .primitives import EMULATED, EXTENSION, TYPES
 from .primitives import keep_mask as keep_mask
@@ -65,17 +66,6 @@ def mix_linear(
     input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
     return gpu_linear.mix_linear(primitives, input, phi, bias, gradient, schedule)
-
-
-def recorded_linear(
-    input: Tensor,
-    phi: MixedWeight,
-    bias: Tensor | None,
-    kept_input: Tensor | None,
-    gradient: WeightGradient,
-    schedule: str,
-) -> None:
-    """Left to ``ops.MixLinearFunction``."""
 
 
 def mix_linear_backward(

@@ -19,7 +19,6 @@ from torch import Tensor
 from ... import _extension
 from ...draws import Draw
 from .. import gpu_linear
-from . import primitives  # this module, as gpu_linear takes it
 
 EMULATED = os.environ.get("MIXOUT_KERNELS_CUDA_EMULATION") == "1"
 EXTENSION = "_cuda_emulated" if EMULATED else "_cuda"
@@ -132,12 +131,8 @@ def scatter_columns(compact: Tensor, out: Tensor, draw: Draw, scale: float) -> T
     return out
 
 
-def weight_gradient(
-    g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool, fused: bool
-) -> tuple[Tensor, Tensor]:
+def fused_weight_gradient(g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool) -> None:
     """By the vendor's GEMM in both schedules: where the kept columns lie side by side there is nothing to fuse."""
-    dw = gpu_linear.staged_weight_gradient(primitives, g, saved, weight, draw, scale)
-    return dw, g.sum(0) if needs_db else g.new_empty(0)
 
 
 # --- the fused GEMM ---------------------------------------------------------------------------------------------------

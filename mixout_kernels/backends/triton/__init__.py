@@ -21,12 +21,11 @@ except ImportError as error:
     _import_error: str | None = str(error)
 else:
     _import_error = None
-    from .launch import interpreted
-
     # Named twice: they are this module's own, as the contract wants them.
+    from ..gpu_linear import recorded_linear as recorded_linear
+    from .launch import interpreted
     from .linear import mix_linear as mix_linear
     from .linear import mix_linear_backward as mix_linear_backward
-    from .linear import recorded_linear as recorded_linear
     from .mask import keep_mask as keep_mask
     from .mix import mixout as mixout
     from .mix_list import mixout_list as mixout_list
