@@ -191,6 +191,17 @@ def mixout(
     return ops.mixout(weight, target, draw, scale_of(draw.p), gradient, chosen)
 
 
+def mask_in_place(matrix: Tensor, draw: Draw) -> Tensor:
+    """``where(keep, matrix / (1 - p), 0)``, p below 1, written over contiguous memory that the caller owns."""
+    chosen = _choose(backends.selected(None, None).backend, None, matrix, None, matrix.dtype)
+    if chosen == "reference":
+        gradient = GradientMask.of(draw.p, 0.0, rescale=True, paper_gradient=False)
+        return matrix.copy_(reference.mixed_weight(matrix, None, None, draw, gradient, matrix.dtype))
+    if matrix.numel():
+        backends.load(chosen).mixout_list([matrix], [matrix], [None], [draw])
+    return matrix
+
+
 def keep_mask(
     seed: int | Tensor, *, p: float, shape: Sequence[int], mask: Mask = "neuron", axis: int | None = None
 ) -> Tensor:

@@ -1,6 +1,7 @@
 #include "mixer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -18,6 +19,12 @@ namespace {
 constexpr int64_t kBlock = 1024;
 // What a thread mixes at once of a long row; a multiple of kBlock.
 constexpr int64_t kPiece = 8 * kBlock;
+
+// Whether all bits are zero: each byte is the one before it, and the first is 0. memcmp stops at the first that is not.
+bool is_zero(const void* memory, size_t bytes) {
+  const char* first = static_cast<const char*>(memory);
+  return *first == 0 && std::memcmp(first, first + 1, bytes - 1) == 0;
+}
 
 // The words of the elements of a Layout.
 class Words {
@@ -94,7 +101,8 @@ class Mixer {
         factor_(factor),
         words_(draw.seed, layout) {}
 
-  // Elements [row + r, first + c] for r < rows and c < n, into out + r * ld.
+  // Elements [row + r, first + c] for r < rows and c < n, into out + r * ld. Zeros that are masked in place stay as they
+  // are without a word being drawn: the gradient of an embedding is zero for every token that a batch has not.
   void write(int64_t row, int64_t rows, int64_t first, int64_t n, O* out, int64_t ld) const {
     for (int64_t r = 0; r < rows;) {
       if (words_.by_row()) {
@@ -106,6 +114,7 @@ class Mixer {
       for (int64_t c = 0; c < n; c += kBlock) {
         const int64_t size = std::min(kBlock, n - c);
         if (group.rows == 1) {
+          if (stays_zero(row + r, first + c, size, out + r * ld + c)) continue;
           uint32_t buffer[kBlock];
           mix(row + r, first + c, size, words_.of_row(row + r, first + c, size, buffer), out + r * ld + c);
           continue;
@@ -122,6 +131,10 @@ class Mixer {
  private:
   const W* w(int64_t row, int64_t column) const { return w_ + row * length_ + column; }
   const U* u(int64_t row, int64_t column) const { return u_ == nullptr ? nullptr : u_ + row * length_ + column; }
+  bool stays_zero(int64_t row, int64_t column, int64_t n, const O* out) const {
+    const W* in = w(row, column);
+    return u_ == nullptr && static_cast<const void*>(out) == in && is_zero(in, n * sizeof(W));
+  }
   void mix(int64_t row, int64_t column, int64_t n, const uint32_t* words, O* out) const {
     mix_by_words(w(row, column), u(row, column), out, words, threshold_, factor_, n);
   }
