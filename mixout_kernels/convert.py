@@ -155,7 +155,7 @@ def remove_mixout(model: nn.Module) -> None:
         ValueError: if there is no mixout in the model.
     """
     _check_model("remove_mixout", model)
-    layers = [m for m in model.modules() if isinstance(m, MixedLayer) and (m.is_mixed or not m.grad_p)]
+    layers = [m for m in model.modules() if isinstance(m, MixedLayer) and (m.is_mixed or not m.has_graddrop)]
     if not layers:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
     for layer in layers:
@@ -163,7 +163,7 @@ def remove_mixout(model: nn.Module) -> None:
     for sampler in {layer.slot.sampler for layer in layers if layer.slot is not None}:
         sampler.remove()
     for layer in layers:
-        if layer.grad_p:
+        if layer.has_graddrop:
             layer.p = 0.0
         else:
             to_plain(layer)

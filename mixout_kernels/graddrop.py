@@ -165,8 +165,8 @@ def remove_graddrop(model: nn.Module) -> None:
         masks.sampler.remove()
     for layer in layers:
         if layer.is_mixed:
-            layer.grad_p, layer.rescale, layer.block = 0.0, True, None
-        elif layer.grad_p:
+            layer.grad_p, layer.rescale, layer.block, layer.columns = 0.0, True, None, None
+        elif layer.has_graddrop:
             to_plain(layer)
     masks.take_out_of(model)
 
@@ -198,9 +198,8 @@ def _matched(
             report.skipped[name] = reason
             continue
         assert rate is not None
-        modules = list({id(place.module): place.module for place in places.values()}.values())
-        alone = len(modules) == 1 and place.attribute == "weight" and _computes_its_gradient(model, modules[0], places)
-        matched.append(_Matched(name, place, rate, modules[0] if alone else None, layer_name))
+        layer = place.module if _computes_alone(model, places) else None
+        matched.append(_Matched(name, place, rate, layer, layer_name))
     return matched
 
 
@@ -217,6 +216,13 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, dict[tuple[str, str], Place]
 
 def _any_matches(names: Iterable[str], pattern: str) -> bool:
     return any(matches(name, pattern) for name in names)
+
+
+def _computes_alone(model: nn.Module, places: Mapping[tuple[str, str], Place]) -> bool:
+    """Whether the Parameter in these places is the weight of one module, which can make all of its gradient."""
+    place = next(iter(places.values()))
+    one = all(other.module is place.module for other in places.values())
+    return one and place.attribute == "weight" and _computes_its_gradient(model, place.module, places)
 
 
 def _computes_its_gradient(model: nn.Module, module: nn.Module, places: Mapping[tuple[str, str], Place]) -> bool:
@@ -275,19 +281,30 @@ def _mask_layer(layer: nn.Module, p: float, mask: Mask, rescale: bool, block: st
 def _add_fixed(model: nn.Module, keep: Mapping[str, Tensor], masks: GradientMasks, report: GradDropReport) -> None:
     if not isinstance(keep, Mapping) or not keep:
         raise ValueError(f"apply_graddrop: keep: expected masks by the names of parameters, got {keep!r}")
-    places = {name: place for found in _owners(model).values() for (_, name), place in found.items()}
+    fixed: dict[str, tuple[nn.Module, Tensor]] = {}  # layers by the name of their weight, and its columns that train
+    owners = _owners(model)
+    owned = {name: (place, places) for places in owners.values() for (_, name), place in places.items()}
     for name, kept in keep.items():
-        if name not in places:
+        if name not in owned:
             raise ValueError(
                 f"apply_graddrop: keep: expected names of parameters of the model, got {name!r}; the first of "
-                f"{len(places)} is {next(iter(places), None)!r}"
+                f"{len(owned)} is {next(iter(owned), None)!r}"
             )
-        place = places[name]
+        place, places = owned[name]
         broadcast = _broadcast(name, kept, place)
-        masks.hooks[place] = Fixed(broadcast)
         share = kept.double().mean().item() if kept.numel() else 1.0
-        report.hooks[name] = f"{type(place.module).__name__}, fixed, {share:.1%} kept"
-    report.skipped = {name: "not in keep" for name in places if name not in keep}
+        plain = type(place.parameter) is nn.Parameter
+        if kept.dim() == 1 and broadcast.dim() == 2 and plain and _computes_alone(model, places):
+            fixed[name] = place.module, kept.nonzero().flatten()
+            report.layers[name.removesuffix(".weight")] = f"{type(place.module).__name__}, {share:.1%} of columns kept"
+        else:
+            masks.hooks[place] = Fixed(broadcast)
+            report.hooks[name] = f"{type(place.module).__name__}, fixed, {share:.1%} kept"
+    for module, columns in fixed.values():  # now that nothing is wrong
+        if not isinstance(module, MixedLayer):
+            to_mixed(module, p=0.0, target=None)
+        module.columns = columns
+    report.skipped = {name: "not in keep" for name in owned if name not in keep}
 
 
 def _broadcast(name: str, kept: Tensor, place: Place) -> Tensor:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import checks
 from .draws import Mask
+from .fixed_columns import fixed_columns_linear, training_columns
 from .functional import mix_linear
 
 # What a mixed layer has and a plain one has not.
-_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "slot", "host_target")
+_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "columns", "slot", "host_target")
 
 
 class MixedLayer(nn.Module):
@@ -34,6 +35,7 @@ class MixedLayer(nn.Module):
     mask: Mask
     target: Tensor | None = None
     block: str | None = None  # of apply_graddrop(mask="layer"): whose decision is this layer's
+    columns: Tensor | None = None  # of apply_graddrop(keep=...): the input features whose weights train, int64
     slot: Any = None  # this layer's place in a MixSampler
     host_target: bool = False  # a sampler keeps the target in host memory: it stays where it is
     plain_class: ClassVar[type[nn.Module]]  # what ``to_plain`` goes back to
@@ -45,13 +47,19 @@ class MixedLayer(nn.Module):
         """Whether it has mixout, or dropout of its weight, rather than a masked gradient alone."""
         return self.p > 0 or self.target is not None
 
+    @property
+    def has_graddrop(self) -> bool:
+        """Whether the gradient of its weight is masked further than its mix does."""
+        return self.grad_p > 0 or self.columns is not None
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight, or a tensor of its shape, as ``[out, in]``: a view."""
         return tensor
 
     def _mixed_forward(self, input: Tensor) -> Tensor:
         weight, target = self.weight, self.target
-        if not self.training or (self.p == 0 and self.grad_p == 0):
+        mixes = self.p > 0 or self.grad_p > 0
+        if not self.training or not (mixes or self.columns is not None):
             return F.linear(input, self.matrix(weight), self.bias)
         if isinstance(input, torch.fx.Proxy):
             raise TypeError(
@@ -63,6 +71,11 @@ class MixedLayer(nn.Module):
                 target = self._target_for(weight)
             target = self.matrix(target)
         weight = self.matrix(weight)
+        if self.columns is not None:
+            columns = self.columns = self.columns.to(weight.device)
+            if not mixes:
+                return fixed_columns_linear(input, weight, self.bias, columns)
+            weight = training_columns(weight, columns)
         if self.slot is not None:
             return self.slot(input, weight, target, self.bias)
         return mix_linear(
@@ -104,6 +117,7 @@ class MixedLayer(nn.Module):
 
     def _settings_repr(self) -> str:
         grad_p = f", grad_p={self.grad_p}" if self.grad_p else ""
+        grad_p += "" if self.columns is None else f", {len(self.columns)} columns train"
         target = "zero" if self.target is None else "frozen"
         return f"p={self.p}{grad_p}, mask={self.mask!r}, target={target}"
 

@@ -55,6 +55,11 @@ def _fixed(model: nn.Module) -> None:
     mk.apply_graddrop(model, keep=_random_masks(model))
 
 
+def _fixed_columns(model: nn.Module) -> None:
+    without_dropout(model)
+    mk.apply_graddrop(model, keep={name: mask[0] for name, mask in _random_masks(model).items() if mask.dim() == 2})
+
+
 def _random_masks(model: nn.Module) -> dict[str, Tensor]:
     """Entries of the encoder's layers, as many as Child-Tuning-D keeps: which ones does not matter to the time."""
     generator = torch.Generator().manual_seed(2)
@@ -114,6 +119,7 @@ def steps() -> list[Step]:
         Step("GradDrop layer, p=0.5", _graddrop(0.5, "layer"), goal=0.60),
         Step(f"Child-Tuning-F, keep {KEEP}", _graddrop(1 - KEEP, "weight", exclude=()), published=child_f, goal=0.70),
         Step(f"Child-Tuning-D, keep {KEEP}", _fixed, ours=False, published=child_d),
+        Step(f"fixed columns, keep {KEEP}", _fixed_columns, ours=False, published=child_d),
         Step("R3F with dropout", lambda model: mk.apply_r3f(model, eps=EPS), ours=False, published=forwards),
         Step(
             "R3F with mixout, p=0.7",
