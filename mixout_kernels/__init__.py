@@ -1,5 +1,6 @@
 """Mixout (Lee, Cho & Kang, ICLR 2020) at a negative price: fused kernels and a drop-in ``torch.nn.Linear``."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
@@ -19,6 +20,8 @@ from .sampler import MixSampler
 from .targets import decay_to_target, targets_state_dict, track_targets
 
 if TYPE_CHECKING:
+    from .distributed import KeptColumns as KeptColumns
+    from .distributed import kept_columns_hook as kept_columns_hook
     from .integrations import MixSamplerCallback as MixSamplerCallback
 
 __version__ = "0.1.0"
@@ -55,9 +58,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "MixSamplerCallback":  # needs transformers, which the package does not: not in __all__ either
-        from .integrations import MixSamplerCallback
+# Imported on first use, and not in __all__: they need transformers, or a torch that was built with torch.distributed.
+_ON_DEMAND = {
+    "KeptColumns": "distributed",
+    "MixSamplerCallback": "integrations",
+    "kept_columns_hook": "distributed",
+}
 
-        return MixSamplerCallback
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(f".{_ON_DEMAND[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -234,11 +234,15 @@ def keep_mask(
     seed = checks.seed_tensor("keep_mask", seed, device)
     strides = strides_of(mask, sizes, axis)
     own = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if stride]
-    kept_sizes, draw = [size for size, _ in own], Draw(seed, p, tuple(stride for _, stride in own))
-    chosen = backends.choose(backends.selected(None, None).backend, None, device.type, *[torch.float32] * 3)
-    if chosen == "reference" or p == 1 or 0 in kept_sizes:
-        return reference.decisions(draw, kept_sizes)
-    return backends.load(chosen).keep_mask(draw, kept_sizes)
+    return decisions(Draw(seed, p, tuple(stride for _, stride in own)), [size for size, _ in own])
+
+
+def decisions(draw: Draw, sizes: Sequence[int]) -> Tensor:
+    """:func:`keep_mask` of a draw, of these sizes and on the device of its seed."""
+    chosen = backends.choose(backends.selected(None, None).backend, None, draw.seed.device.type, *[torch.float32] * 3)
+    if chosen == "reference" or draw.p == 1 or 0 in sizes:
+        return reference.decisions(draw, sizes)
+    return backends.load(chosen).keep_mask(draw, sizes)
 
 
 def _choose(

@@ -70,6 +70,10 @@ class Drawn:
         keep = keep.view([size if stride else 1 for size, stride in zip(shape, strides, strict=True)])
         return _where(keep, gradient, in_place)
 
+    def draw(self, gradient: Tensor) -> Draw:
+        """The decisions for a gradient of this shape."""
+        return Draw(self.seed(gradient.device), self.p, strides_of(self.mask, gradient.shape, self.axis))
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"seed": fresh_seed}  # a copy has no sampler: nothing would advance its masks
 
@@ -171,10 +175,14 @@ class GradientMasks:
             return
         held = {id(parameter) for parameter in parameters}
         for name, block in self.blocks.items():
-            if self._seeds.drops(self._numbers[name], block.p):
+            if self.is_off(name):
                 for place in block.places:
                     if (parameter := place.parameter) is not None and id(parameter) in held:
                         parameter.grad = None
+
+    def is_off(self, block: str) -> bool:
+        """Whether nothing in this block trains in the present draw of the sampler."""
+        return self._seeds is not None and self._seeds.drops(self._numbers[block], self.blocks[block].p)
 
     def _check(self, model: nn.Module, _: Any) -> None:
         if not model.training or torch.compiler.is_compiling():

@@ -1,1 +1,9 @@
-"""Mixout across processes, on torch's own engines: what one mask for all ranks drops need not travel."""
+"""Mixout across processes, on torch's own engines: what one mask for all ranks drops need not travel.
+
+kept_columns.py       DistributedDataParallel: a communication hook that reduces the kept columns alone
+  kept.py             which part of each gradient a sampler's present masks keep
+"""
+
+from .kept_columns import KeptColumns, kept_columns_hook
+
+__all__ = ["KeptColumns", "kept_columns_hook"]

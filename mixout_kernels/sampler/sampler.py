@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -127,6 +128,7 @@ class MixSampler:
             host_memory.to_host(list(layers.values()))
         for slot in self._slots:
             slot.layer.slot = slot
+        self._model = weakref.ref(model)  # which holds its sampler
         self._masks = masks
         if masks is not None:
             masks.bind(self, self._seeds, numbers)
@@ -143,6 +145,21 @@ class MixSampler:
     def step(self) -> int:
         """Optimizer steps so far (reads the device)."""
         return self._seeds.step
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that it was made for; None once nobody else holds it."""
+        return self._model()
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The places of its layers."""
+        return tuple(self._slots)
+
+    @property
+    def gradient_masks(self) -> GradientMasks | None:
+        """What apply_graddrop masks outside of layers, while it draws by this sampler."""
+        return self._masks if self._masks is not None and self._masks.sampler is self else None
 
     @property
     def draws(self) -> int:
