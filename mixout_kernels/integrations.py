@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -16,7 +22,7 @@ _NAME = "MixSampler"  # among the stateful callbacks of a TrainerState
 
 
 class MixSamplerCallback(TrainerCallback):
-    """Keeps a sampler's state in the checkpoints of transformers' Trainer, and goes on with it in a resumed run.
+    """A sampler under transformers' Trainer: its state in the checkpoints, and less to send under DDP.
 
     .. code-block:: python
 
@@ -29,17 +35,32 @@ class MixSamplerCallback(TrainerCallback):
     wherever it resumes from. A resumed run then has the masks of one that was never interrupted, bit for bit; it needs
     the pretrained targets again, as :func:`mixout_kernels.apply_mixout` says.
 
+    Under DistributedDataParallel it registers a :class:`mixout_kernels.KeptColumns` when training begins.
+
     Args:
         sampler: of the model that is trained.
+        kept_columns: True: that hook where it applies: not where each rank has masks of its own, and with a warning not
+            where DDP has a communication hook already. A ``KeptColumns`` of the sampler: this one, with its settings;
+            what keeps it from being registered is an error. False: none.
 
     Raises:
-        TypeError: for another object.
+        TypeError, ValueError: for an argument that does not fit.
     """
 
-    def __init__(self, sampler: MixSampler) -> None:
+    def __init__(self, sampler: MixSampler, kept_columns: Any = True) -> None:
         if not isinstance(sampler, MixSampler):
             raise TypeError(f"MixSamplerCallback: sampler: expected a MixSampler, got {type(sampler).__name__}")
+        if not isinstance(kept_columns, bool) and not hasattr(kept_columns, "sampler"):
+            raise TypeError(
+                "MixSamplerCallback: kept_columns: expected True, False or a KeptColumns, got "
+                f"{type(kept_columns).__name__}"
+            )
+        if not isinstance(kept_columns, bool) and kept_columns.sampler is not sampler:
+            raise ValueError("MixSamplerCallback: kept_columns: expected one of this sampler, got one of another")
         self.sampler = sampler
+        self.kept_columns = kept_columns
+        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._awaiting: RemovableHandle | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The shape of what callbacks of transformers' own store there.
@@ -64,3 +85,40 @@ class MixSamplerCallback(TrainerCallback):
                 "has no state of a sampler: the masks are not those of an uninterrupted run",
                 stacklevel=2,
             )
+        if self.kept_columns is not False and torch.distributed.is_available() and self._awaiting is None:
+            # Trainer tells callbacks of the model alone, not of the DDP around it: the first call shows that.
+            self._awaiting = register_module_forward_pre_hook(self._see)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop_awaiting()
+
+    def _stop_awaiting(self) -> None:
+        if self._awaiting is not None:
+            self._awaiting.remove()
+            self._awaiting = None
+
+    def _see(self, module: nn.Module, _: Any) -> None:
+        """Any module is called: if it is the trained model, with all that is around it, look for DDP there."""
+        if not module.training:
+            return
+        inside = list(module.modules())
+        if any(one is self.sampler.model for one in inside):
+            self._stop_awaiting()
+            for one in inside:
+                if isinstance(one, DistributedDataParallel) and one not in self._hooked:
+                    self._hook(one)
+
+    def _hook(self, ddp: DistributedDataParallel) -> None:
+        from .distributed import KeptColumns, kept_columns_hook
+
+        by_default = self.kept_columns is True
+        if by_default and not self.sampler.same_on_all_ranks:
+            return
+        hook = KeptColumns(self.sampler, inner_state=ddp.process_group) if by_default else self.kept_columns
+        try:
+            ddp.register_comm_hook(hook, kept_columns_hook)
+        except RuntimeError as error:
+            if not by_default:
+                raise
+            warnings.warn(f"MixSamplerCallback: kept_columns: gradients are sent whole, since {error}", stacklevel=2)
+        self._hooked.add(ddp)
