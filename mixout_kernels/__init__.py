@@ -22,6 +22,7 @@ from .targets import decay_to_target, targets_state_dict, track_targets
 if TYPE_CHECKING:
     from .distributed import KeptColumns as KeptColumns
     from .distributed import kept_columns_hook as kept_columns_hook
+    from .distributed import shard_targets as shard_targets
     from .integrations import MixSamplerCallback as MixSamplerCallback
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ _ON_DEMAND = {
     "KeptColumns": "distributed",
     "MixSamplerCallback": "integrations",
     "kept_columns_hook": "distributed",
+    "shard_targets": "distributed",
 }
 
 

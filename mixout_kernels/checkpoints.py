@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .evidence import names_by_parameter
+from .pieces import Piece, is_distributed, local, own_piece
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
 
@@ -66,17 +67,18 @@ class Pretrained:
     def find(self, parameter: Tensor, *, expected: bool = True) -> Tensor | None:
         """The pretrained tensor, or None where the source has none; checked to be a tensor of the parameter's shape.
 
+        Of a parameter that is sharded, this rank's piece: of a file nothing else is read.
         ``expected=False``, for a layer that is new by its name, spares a load by transformers that would not find it.
         """
         names = self._names[id(parameter)]
         key = next((key for name in names for key in self._spellings(name) if key in self._keys), None)
-        found = None if key is None else self.state[self._keys[key]]
-        fits = isinstance(found, Tensor) and found.shape == parameter.shape
+        found: Any = None if key is None else self._entry(self._keys[key])
+        fits = isinstance(found, (Tensor, _OnDisk)) and found.shape == parameter.shape
         if not fits and expected and (loaded := self._load_by_transformers()) is not None:
-            return next((loaded[name] for name in names if name in loaded), None)
+            return next((own_piece(loaded[name], parameter) for name in names if name in loaded), None)
         if key is None:
             return None
-        if not isinstance(found, Tensor):
+        if not isinstance(found, (Tensor, _OnDisk)):
             raise TypeError(
                 f"{self._function}: targets: expected a tensor for {names[0]!r}, got {type(found).__name__}"
             )
@@ -84,7 +86,10 @@ class Pretrained:
             raise ValueError(
                 f"{self._function}: targets: expected {list(parameter.shape)} for {names[0]!r}, got {list(found.shape)}"
             )
-        return found.detach()
+        return own_piece(found, parameter).detach() if isinstance(found, Tensor) else found.read(parameter)
+
+    def _entry(self, key: str) -> Any:
+        return self.state.entry(key) if isinstance(self.state, _Files) else self.state[key]
 
     def _spellings(self, name: str) -> Iterator[str]:
         name = _unwrapped(name)
@@ -154,6 +159,11 @@ class _Files(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         return self._opened(self._file_of[key])[key]
 
+    def entry(self, key: str) -> Tensor | _OnDisk:
+        """What is read of it is only what is asked for."""
+        opened = self._opened(self._file_of[key])
+        return opened.entry(key) if isinstance(opened, _Safetensors) else opened[key]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
@@ -166,6 +176,20 @@ class _Files(Mapping[str, Tensor]):
         return self._open[file]
 
 
+class _OnDisk:
+    """A tensor in a safetensors file, of which a block can be read without the rest."""
+
+    def __init__(self, file: Any, key: str) -> None:
+        self._file, self._key = file, key
+        self.shape = torch.Size(file.get_slice(key).get_shape())
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """This rank's piece of it, if the parameter is sharded."""
+        if not is_distributed(parameter) or not local(parameter).numel():
+            return own_piece(self._file.get_tensor(self._key), parameter)
+        return self._file.get_slice(self._key)[Piece.of(parameter).slices]
+
+
 class _Safetensors(Mapping[str, Tensor]):
     def __init__(self, file: Path) -> None:
         from safetensors import safe_open
@@ -175,6 +199,9 @@ class _Safetensors(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         return self._file.get_tensor(key)
+
+    def entry(self, key: str) -> _OnDisk:
+        return _OnDisk(self._file, key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

@@ -245,6 +245,20 @@ def decisions(draw: Draw, sizes: Sequence[int]) -> Tensor:
     return backends.load(chosen).keep_mask(draw, sizes)
 
 
+def kept_indices(draw: Draw, size: int, *, fixed_number: bool) -> Tensor:
+    """The indices of what a draw of one dimension keeps, ascending.
+
+    ``fixed_number``: as many as the kernels have room for, whatever the mask, so that nothing is read from a device:
+    behind the kept ones come dropped ones. Of a draw that passes that capacity the kernels leave out the same.
+    """
+    if draw.p == 1:
+        return torch.empty(0, dtype=torch.int64, device=draw.seed.device)
+    keep = decisions(draw, [size])
+    if not fixed_number:
+        return keep.nonzero().flatten()
+    return keep.logical_not().byte().argsort(stable=True)[: column_capacity(size, draw.p)]
+
+
 def _choose(
     backend: str | None, schedule: str | None, weight: Tensor, target: Tensor | None, compute: torch.dtype
 ) -> str:

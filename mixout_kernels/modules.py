@@ -14,9 +14,10 @@ from . import checks
 from .draws import Mask
 from .fixed_columns import fixed_columns_linear, training_columns
 from .functional import mix_linear
+from .pieces import is_distributed
 
 # What a mixed layer has and a plain one has not.
-_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "columns", "slot", "host_target")
+_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "columns", "slot", "host_target", "gathered")
 
 
 class MixedLayer(nn.Module):
@@ -25,8 +26,9 @@ class MixedLayer(nn.Module):
     Settings may be changed at any time; a value that does not fit raises the error that the constructor would raise.
 
     The target is no buffer: it belongs to training alone, so DistributedDataParallel does not broadcast it, FSDP does
-    not shard it, and an exported or saved program does not hold it. It follows ``.to()``, ``.half()``,
-    ``copy.deepcopy`` and pickling all the same, and at the latest in forward it goes where the weight has gone.
+    not shard it (a MixSampler does), and an exported or saved program does not hold it. It follows ``.to()``,
+    ``.half()``, ``copy.deepcopy`` and pickling all the same, and at the latest in forward it goes where the weight has
+    gone.
     """
 
     p: float
@@ -38,6 +40,7 @@ class MixedLayer(nn.Module):
     columns: Tensor | None = None  # of apply_graddrop(keep=...): the input features whose weights train, int64
     slot: Any = None  # this layer's place in a MixSampler
     host_target: bool = False  # a sampler keeps the target in host memory: it stays where it is
+    gathered: Any = None  # by FSDP2: Phi, in place of the weight
     plain_class: ClassVar[type[nn.Module]]  # what ``to_plain`` goes back to
     weight: Tensor
     bias: Any  # a Parameter or None; Any, since it is Linear that says so
@@ -66,7 +69,10 @@ class MixedLayer(nn.Module):
                 f"{type(self).__name__}: input: expected a tensor, got a torch.fx.Proxy: a layer that draws masks is "
                 "traced in eval mode, after remove_mixout, or by a Tracer for which it is a leaf module"
             )
-        if target is not None:
+        if self.gathered is not None or is_distributed(weight) or is_distributed(target):
+            self._check_sharded()
+            target = None  # FSDP has gathered Phi; or this rank's pieces are mixed
+        elif target is not None:
             if target.device != weight.device or target.dtype != weight.dtype:
                 target = self._target_for(weight)
             target = self.matrix(target)
@@ -81,6 +87,18 @@ class MixedLayer(nn.Module):
         return mix_linear(
             input, weight, target, self.bias, p=self.p, grad_p=self.grad_p, rescale=self.rescale, mask=self.mask
         )
+
+    def _check_sharded(self) -> None:
+        whole = self.target is not None and not is_distributed(self.target)
+        if self.slot is None or (self.gathered is None and whole):
+            raise RuntimeError(
+                f"{type(self).__name__}: a layer whose weight or target is a DTensor needs a MixSampler: make one "
+                "after fully_shard or parallelize_module, or call shard_targets(model) after it"
+            )
+        if self.columns is not None and is_distributed(self.weight):
+            raise NotImplementedError(
+                f"{type(self).__name__}: apply_graddrop(keep=...) with mixout needs whole weights, got a DTensor"
+            )
 
     def _target_for(self, weight: Tensor) -> Tensor:
         """The target after something moved or cast the weight by itself (``p.data = ...``, accelerate's hooks)."""
@@ -107,6 +125,7 @@ class MixedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.pop("host_target", None)  # a copy has no sampler
+        self.__dict__.pop("gathered", None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)

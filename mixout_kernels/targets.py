@@ -18,6 +18,7 @@ from .evidence import Evidence, own_patterns
 from .modules import MixedLayer, frozen_copy
 from .optimizers import step_taken
 from .patterns import each_must_match, matches, patterns
+from .pieces import is_distributed, local, own_piece
 
 
 def decay_to_target(
@@ -52,7 +53,7 @@ def decay_to_target(
     Raises:
         ValueError: for a negative decay, a pattern that matches nothing, or if the optimizer holds no parameter of the
             model that is not excluded.
-        TypeError: for a model with mixout under FSDP, whose targets are not sharded as its weights are, or for
+        TypeError: for a model with mixout under FSDP1, whose pieces of weights belong to no rows of a target, or for
             ``targets`` of another kind.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
@@ -76,19 +77,19 @@ def decay_to_target(
                 mixed[parameter] = module
             elif pretrained is not None:
                 if (source := pretrained.find(parameter, expected=not new)) is not None:
-                    frozen[parameter] = frozen_copy(source).to(parameter)
+                    frozen[parameter] = frozen_copy(source).to(local(parameter))
             elif not new or exclude is not None:
-                frozen[parameter] = frozen_copy(parameter)
+                frozen[parameter] = frozen_copy(local(parameter))
     if not mixed and not frozen:
         raise ValueError(
             "decay_to_target: optimizer: expected one that holds pretrained parameters of the model outside "
             f"exclude={tuple(excluded)!r}, got none"
         )
-    _check_not_sharded("decay_to_target", mixed.values())
+    _check_pieces("decay_to_target", mixed.values())
 
     def target_of(weight: Tensor) -> Tensor:
         if weight in mixed and (target := mixed[weight].target) is not None:
-            return target
+            return own_piece(target, weight)
         frozen[weight] = frozen[weight].to(weight.device)  # the model may have moved since
         return frozen[weight]
 
@@ -101,7 +102,8 @@ def decay_to_target(
         steps += 1
         for group in optimizer.param_groups:
             weights = [w for w in group["params"] if w.requires_grad and (w in mixed or w in frozen)]
-            _lerp(weights, [target_of(weight) for weight in weights], group["lr"] * present * step_taken(optimizer))
+            ends = [target_of(weight) for weight in weights]
+            _lerp([local(weight) for weight in weights], ends, group["lr"] * present * step_taken(optimizer))
 
     return optimizer.register_step_post_hook(pull)
 
@@ -131,20 +133,22 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
 
     Raises:
         ValueError: for a decay outside [0, 1], or a model without targets.
-        TypeError: for a model under FSDP, whose targets are not sharded as its weights are.
+        TypeError: for targets that are whole while their weights are sharded: make the MixSampler, or call
+            :func:`mixout_kernels.shard_targets`, before.
     """
     if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
         raise ValueError(f"track_targets: decay: expected a number in [0, 1], got {decay!r}")
     layers = [m for m in model.modules() if isinstance(m, MixedLayer) and m.target is not None]
     if not layers:
         raise ValueError("track_targets: model: expected one with mixout layers that have a target, got none")
-    _check_not_sharded("track_targets", layers)
+    _check_pieces("track_targets", layers, whole=False)
 
     @torch.no_grad()
     def follow(optimizer: Optimizer, *_: Any) -> None:
         # Looked up at every step, since a model may move; by target, since tied weights share one, which moves once.
-        weights = {layer.target: layer.weight for layer in layers if layer.target is not None}
-        _lerp(list(weights), list(weights.values()), (1 - decay) * step_taken(optimizer))
+        weights = {layer.target: layer for layer in layers if layer.target is not None}
+        ends = [local(_stepped(layer)) for layer in weights.values()]
+        _lerp([local(target) for target in weights], ends, (1 - decay) * step_taken(optimizer))
 
     return optimizer.register_step_post_hook(follow)
 
@@ -167,14 +171,23 @@ def targets_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return targets
 
 
-def _check_not_sharded(name: str, layers: Iterable[MixedLayer]) -> None:
+def _stepped(layer: MixedLayer) -> Tensor:
+    """The Parameter that an optimizer holds, also while FSDP has put Phi in its place."""
+    return layer.weight if layer.gathered is None else layer.gathered.weight
+
+
+def _check_pieces(name: str, layers: Iterable[MixedLayer], *, whole: bool = True) -> None:
+    """``whole``: whether a whole target will do for a weight of which this rank has a piece."""
     for layer in layers:
-        weight, target = layer.weight, layer.target
-        if target is not None and (type(weight) not in (Tensor, nn.Parameter) or weight.shape != target.shape):
-            raise TypeError(
-                f"{name}: model: expected whole weights, got a {type(weight).__name__} {list(weight.shape)} with a "
-                f"target {list(target.shape)}: FSDP shards weights, but no targets"
-            )
+        weight, target = _stepped(layer), layer.target
+        if target is None or (type(weight) in (Tensor, nn.Parameter) and weight.shape == target.shape):
+            continue
+        if is_distributed(weight) and (whole or is_distributed(target)):
+            continue
+        raise TypeError(
+            f"{name}: model: expected a weight and a target that are both whole, or both sharded, got a "
+            f"{type(weight).__name__} {list(weight.shape)} with a target {list(target.shape)}"
+        )
 
 
 def _lerp(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..draws import Draw, column_capacity
-from ..functional import decisions
+from ..draws import Draw
+from ..functional import decisions, kept_indices
 from ..gradient_masks import Drawn, GradientMasks, Place
 from ..modules import MixConv1D
 from ..sampler import MixSampler
@@ -190,15 +190,8 @@ def _kept(draw: Draw, parameter: Tensor) -> Kept | None:
     if draw.p == 0 or len(axes) > 1 or parameter.numel() == 0:
         return None
     axis = axes[0] if axes else 0
-    size, device = parameter.shape[axis], parameter.device
-    if draw.p == 1:
-        return Kept(axis, torch.empty(0, dtype=torch.int64, device=device))
-    if not axes:  # one decision for the whole
+    if draw.p < 1 and not axes:  # one decision for the whole
         off = not decisions(draw, [1] * parameter.dim()).item()
         return Kept(0, torch.empty(0, dtype=torch.int64)) if off else None
-    keep = decisions(Draw(draw.seed, draw.p, (draw.strides[axis],), draw.offset), [size])
-    if _host_knows(parameter):
-        return Kept(axis, keep.nonzero().flatten())
-    # As wide as the kernels' dw, whatever the draw, so that nothing is read back: behind the kept ones come dropped
-    # ones, which are zero. Of a draw that passes the capacity the kernels leave the same columns out.
-    return Kept(axis, keep.logical_not().byte().argsort(stable=True)[: column_capacity(size, draw.p)])
+    along = Draw(draw.seed, draw.p, (draw.strides[axis],), draw.offset)
+    return Kept(axis, kept_indices(along, parameter.shape[axis], fixed_number=not _host_knows(parameter)))

@@ -5,6 +5,7 @@ sampler.py        MixSampler: its life, and what follows from a step
   ranks.py        what the processes of a group agree on
   slot.py         a layer's place: what its forward calls
     backward.py   the end of a backward
+    shards/       FSDP2 and tensor parallelism: targets in pieces, Phi gathered, the kept columns alone reduced
     steps.py      what counts as an optimizer step
     siblings.py   what layers with the same input share
     phi.py        Phi of all layers, its staleness, the launch

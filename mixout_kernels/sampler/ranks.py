@@ -35,33 +35,50 @@ def agree(seed: int, layers: Mapping[str, MixedLayer], group: dist.ProcessGroup 
         if group is not None:
             raise ValueError("MixSampler: process_group: expected None where torch.distributed is not initialized")
         return seed
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("MixSampler: process_group: expected a group that this process is in")
-    if size > 1:
-        ranks: list[_Rank] = [_Rank(seed, {})] * size
-        dist.all_gather_object(ranks, _Rank(seed, _checksums(layers)), group=group)
-        _check_targets(ranks)
-        if same_on_all_ranks:
-            seed = ranks[0].seed
+    ranks = _told(_Rank(seed, _checksums(layers)), group)
+    _check_targets("MixSampler", ranks)
+    if same_on_all_ranks:
+        seed = ranks[0].seed
     return seed if same_on_all_ranks else signed(seed + rank * GOLDEN)
 
 
-def _check_targets(ranks: list[_Rank]) -> None:
+def compare_targets(function: str, layers: Mapping[str, MixedLayer], group: dist.ProcessGroup | None) -> None:
+    """
+    Raises:
+        ValueError: on every process, as :func:`agree`.
+    """
+    if dist.is_available() and dist.is_initialized():
+        _check_targets(function, _told(_Rank(0, _checksums(layers)), group))
+
+
+def _told(own: _Rank, group: dist.ProcessGroup | None) -> list[_Rank]:
+    """What every process of the group tells the others."""
+    ranks = [own] * dist.get_world_size(group)
+    if len(ranks) > 1:
+        dist.all_gather_object(ranks, own, group=group)
+    return ranks
+
+
+def _check_targets(function: str, ranks: list[_Rank]) -> None:
     first: dict[str, tuple[int, Checksum]] = {}
     for rank, (_, targets) in enumerate(ranks):
         for name, checksum in targets.items():
             if isinstance(checksum, str):
                 raise ValueError(
-                    f"MixSampler: model: expected the target of {name!r} in memory on every rank, got one on the "
-                    f"{checksum} device on rank {rank}: load the pretrained weights before apply_mixout"
+                    f"{function}: model: expected the target of {name!r} in memory on every rank, got one on the "
+                    f"{checksum} device on rank {rank}: load the pretrained weights before apply_mixout, or call "
+                    "shard_targets(model, from_weights=True) once every rank has its piece of them"
                 )
             other, expected = first.setdefault(name, (rank, checksum))
             if checksum != expected:
                 raise ValueError(
-                    f"MixSampler: model: expected the same target of {name!r} on every rank, got different ones on "
-                    f"ranks {other} and {rank}: load the pretrained weights on every rank before apply_mixout, or pass "
-                    "the process_group of the ranks that hold the same layers"
+                    f"{function}: model: expected the same target of {name!r} on every rank, got different ones on "
+                    f"ranks {other} and {rank}: load the pretrained weights on every rank before apply_mixout; or call "
+                    "shard_targets(model, from_weights=True) once every rank has its piece of them (accelerate's "
+                    "cpu_ram_efficient_loading); or pass the process_group of the ranks that hold the same layers"
                 )
 
 

@@ -11,14 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import checks
 from ..gradient_masks import GradientMasks, gradient_masks_of
 from ..modules import MixedLayer
+from ..pieces import is_distributed
 from . import host_memory, ranks
 from .backward import EndOfBackward
 from .following import follow, followers
 from .layers import LayerDraw, full_names
 from .phi import MixedAhead, Phi
 from .seeds import Seeds, is_64_bits
+from .shards import Shards
 from .siblings import SAME_INPUT, SharedInput, groups_of
 from .slot import Slot
 from .steps import Steps
@@ -73,10 +76,20 @@ class MixSampler:
             the same layers.
         prefix: put before the names of the layers. Stages of a pipeline that are numbered from 0 each need one, unless
             they are to share masks.
+        kept_all_gather: under FSDP2, leave targets whole on every rank and gather the kept columns of Phi alone: fewer
+            bytes on the wire, for slow networks. Layers with uneven shards are gathered whole.
+
+    **Sharded models.** Made after ``fully_shard``, a sampler shards the targets as the weights are. Each rank mixes its
+    own rows, FSDP gathers Phi in the compute dtype in place of the weight, and reduces the kept columns of gradients
+    alone (torch 2.9 and later). Between forward and backward ``layer.weight`` is then Phi. Made before, or with
+    ``same_on_all_ranks=False`` or ``host_targets=True``, it leaves them whole; see
+    :func:`mixout_kernels.shard_targets`.
 
     Raises:
         ValueError, TypeError: for a model without mixout, or one that has a sampler, or an argument that does not fit;
             on every rank, naming the layer, where ranks hold different targets of it.
+        NotImplementedError: for a sharded model whose Phi cannot be made of pieces: ``reshard_after_forward`` an int,
+            ``CPUOffloadPolicy`` on a GPU, a tensor-parallel plan other than colwise and rowwise.
     """
 
     def __init__(
@@ -91,8 +104,10 @@ class MixSampler:
         same_on_all_ranks: bool = True,
         process_group: dist.ProcessGroup | None = None,
         prefix: str = "",
+        kept_all_gather: bool = False,
     ) -> None:
         _check_arguments(model, every, premix, host_targets, seed)
+        checks.flag("MixSampler", "kept_all_gather", kept_all_gather)
         layers = full_names(model, prefix)
         if any(layer.slot is not None for layer in layers.values()):
             raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")
@@ -110,11 +125,8 @@ class MixSampler:
         names, numbers = _names_of_masks(groups, layers, masks, prefix)
         self._seeds = Seeds(seed, every, names)
         self._steps = Steps(list(layers.values()), tuple if masks is None else masks.parameters)
-        phis = [
-            Phi(layers[name], LayerDraw(layers[name], self._seeds, number))
-            for number, names in enumerate(groups)
-            for name in names
-        ]
+        in_order = [(name, number) for number, names in enumerate(groups) for name in names]
+        phis = [Phi(layers[name], LayerDraw(layers[name], self._seeds, number)) for name, number in in_order]
         # Steps taken within a backward: seeds and Phi must stay until it has ended.
         self._pending: int | Tensor | None = None
         self._backward = EndOfBackward(self._settle)
@@ -132,13 +144,22 @@ class MixSampler:
         self._masks = masks
         if masks is not None:
             masks.bind(self, self._seeds, numbers)
+        self._named_slots = {name: slot for (name, _), slot in zip(in_order, self._slots, strict=True)}
+        self._group, self.kept_all_gather = process_group, kept_all_gather
+        self.shards: Shards | None = None
+        if any(is_distributed(tensor) for layer in layers.values() for tensor in (layer.weight, layer.target)):
+            try:
+                self.shard(model)
+            except Exception:
+                self.remove()
+                raise
         follow(self)
 
     def __repr__(self) -> str:
         return (
             f"MixSampler({len(self._slots)} layers, {len(self._seeds.names)} masks, every={self.every}, "
             f"premix={self.premix}, host_targets={self.host_targets}, same_on_all_ranks={self.same_on_all_ranks}, "
-            f"{self.state_dict()})"
+            f"kept_all_gather={self.kept_all_gather}, {self.state_dict()})"
         )
 
     @property
@@ -184,9 +205,29 @@ class MixSampler:
         self._seeds.restart(state["seed"], state["step"])
         self._ahead.refresh()
 
+    def shard(self, model: nn.Module) -> None:
+        """Puts each target where its weight lies; called by the constructor, and by ``shard_targets``."""
+        if self.shards is not None:
+            self.shards.take_out()
+            self.shards = None
+        if self.same_on_all_ranks and not self.host_targets:
+            self.shards = Shards(model, self._named_slots, self, self.kept_all_gather, self._group)
+        elif any(is_distributed(slot.layer.target) for slot in self._slots):
+            raise ValueError(
+                "MixSampler: model: expected whole targets with same_on_all_ranks=False or host_targets=True, got "
+                "sharded ones: a piece of a target is mixed on its own rank, by the mask of all"
+            )
+
     def remove(self) -> None:
-        """Takes the sampler out of the model: every forward draws anew."""
+        """Takes the sampler out of the model: every forward draws anew.
+
+        Targets that it sharded are gathered, for which every rank must call this.
+        """
         followers.discard(self)
+        if self.shards is not None:
+            self.shards.take_out()
+            self.shards.make_targets_whole()
+            self.shards = None
         present = [slot for slot in self._slots if slot.layer.slot is slot]
         for slot in present:
             slot.layer.slot = None

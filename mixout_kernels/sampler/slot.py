@@ -10,11 +10,13 @@ from torch import Tensor
 from ..backends import MixedWeight
 from ..functional import compute_dtype, sampled_linear
 from ..gradient_masks import without_gradient
+from ..pieces import is_distributed, local
 from . import host_memory
 from .backward import EndOfBackward
 from .layers import LayerDraw
 from .phi import MixedAhead, Phi
 from .seeds import Seeds
+from .shards import tensor_parallel
 from .siblings import SharedInput
 from .steps import Steps
 
@@ -60,6 +62,8 @@ class Slot:
         # Compiled and transformed code cannot look at versions and addresses, so it could not tell that a Phi or an
         # x[:, kept] has gone stale; and a replica of nn.DataParallel is on another device than they are. These mix and
         # gather by themselves, with the same seed.
+        if is_distributed(weight):
+            return self._with_piece(input, weight, bias)
         moved = draw.seed.device != weight.device
         alone = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if alone or (moved and weight.device != self.layer.weight.device):
@@ -72,11 +76,15 @@ class Slot:
         present, gradient = draw.now(weight.shape)
         if self.layer.block is not None and self._seeds.drops(draw.mask, self.layer.grad_p):
             # Nothing is saved, and no gradient is made of zeros.
-            phi = MixedWeight(weight.detach(), None, None, present)
+            operand = None if self.layer.gathered is None else weight.detach()
+            phi = MixedWeight(weight.detach(), None, operand, present)
             y, _ = sampled_linear(input, phi, None if bias is None else bias.detach(), gradient)
             return without_gradient(y, weight, bias)
         dtype = compute_dtype(input)
-        operand = self._ahead.operand(self.phi, dtype, present)
+        if self.layer.gathered is None:
+            operand = self._ahead.operand(self.phi, dtype, present)
+        else:
+            operand = weight.detach().to(dtype)
         if self._ahead.host_targets:  # with Phi, or with the weight itself, neither pass needs the target
             needless = operand is not None or present.p == 0
             target = None if needless else host_memory.to_device_of(weight, target)
@@ -94,7 +102,20 @@ class Slot:
     def _alone(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         draw, gradient = self.phi.draw.fresh(weight.shape, self.seed.to(weight.device))
         target = host_memory.to_device_of(weight, target)
-        return sampled_linear(input, MixedWeight(weight, target, None, draw), bias, gradient)[0]
+        operand = None if self.layer.gathered is None else weight.detach().to(compute_dtype(input))
+        return sampled_linear(input, MixedWeight(weight, target, operand, draw), bias, gradient)[0]
+
+    def _with_piece(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Under tensor parallelism: y of this rank's piece of the weight, as a DTensor."""
+        layer = self.layer
+        if not torch.compiler.is_compiling():
+            self._backward.note_forward()
+            if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
+                self._steps.note_forward(layer)
+        draw, gradient = self.phi.draw.fresh(weight.shape, self.seed.to(weight.device))
+        gathered = layer.gathered is not None
+        target = None if gathered or layer.target is None else local(layer.target)
+        return tensor_parallel.linear(input, weight, target, bias, draw, gradient, weight_is_phi=gathered)
 
     def _follow(self, device: torch.device) -> None:
         self.phi.draw.follow(device)

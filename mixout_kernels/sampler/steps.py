@@ -139,7 +139,8 @@ class Steps:
 
     def _weights(self) -> Iterator[Tensor]:
         for layer in self._layers:
-            weight = layer._parameters.get("weight")
+            # What FSDP has gathered is another Parameter than the optimizer's.
+            weight = layer._parameters.get("weight") if layer.gathered is None else layer.gathered.weight
             if weight is not None:
                 yield weight
             else:
