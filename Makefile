@@ -22,7 +22,7 @@ CORE := tests --ignore=tests/triton --ignore=tests/cuda
 
 .PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune
 .PHONY: experiments bench
-.PHONY: bench-step bench-neighbours picture codegen gpu mutants sanitize clean
+.PHONY: bench-step bench-neighbours bench-distributed picture codegen gpu mutants sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -100,6 +100,9 @@ bench-step: $(BUILT)  ## whole training steps: a table and a plot
 
 bench-neighbours: $(BUILT)  ## GradDrop, Child-Tuning, R3F and the Fisher information beside their published forms
 	$(PY) -m benchmarks.neighbours --output $(OUT)/neighbours $(ARGS)
+
+bench-distributed: $(BUILT)  ## steps of two ranks over slow networks: DDP and FSDP2; needs root, for network namespaces
+	$(PY) -m benchmarks.distributed --output $(OUT)/distributed $(ARGS)
 
 picture: $(ENVIRONMENT)  ## the picture of the README, out of the committed results of bench-step
 	$(PY) tools/readme_picture.py benchmarks/results/step/minilm.csv docs/step.png

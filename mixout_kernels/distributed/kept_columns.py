@@ -82,6 +82,7 @@ class KeptColumns:
         self.sampler, self.inner, self.inner_state, self.check = sampler, inner, inner_state, check
         self.dense_bytes = self.sent_bytes = 0
         self._parts = KeptParts(sampler)
+        self._rooms: dict[int, Tensor] = {}
         # Under which masks each gradient was made since it was last reduced.
         self._moments: dict[Tensor, set[Hashable]] = {}
         note = _Note(weakref.ref(self))  # a Parameter's hooks are no place to keep a sampler alive
@@ -110,6 +111,13 @@ class KeptColumns:
         moments = self._moments.pop(parameter, set())
         moment = self._parts.moment(parameter)
         return self._parts.of(parameter) if moments <= {moment} else None
+
+    def room(self, bucket: int, size: int, like: Tensor) -> Tensor:
+        """Memory for what is packed of this bucket, which stays: fresh memory costs page faults in every step."""
+        room = self._rooms.get(bucket)
+        if room is None or room.numel() < size or (room.dtype, room.device) != (like.dtype, like.device):
+            room = self._rooms[bucket] = like.new_empty(size)
+        return room[:size]
 
     def name_of(self, parameter: Tensor) -> str:
         return self._parts.names.get(parameter, "a parameter outside of the sampler's model")
@@ -180,7 +188,7 @@ def kept_columns_hook(state: KeptColumns, bucket: GradBucket) -> Future[Tensor]:
         nothing: Future[Tensor] = Future()
         nothing.set_result(buffer)
         return nothing
-    packed = buffer.new_empty(total)
+    packed = state.room(bucket.index(), total, buffer)
     state.sent_bytes += packed.nbytes
     for piece in pieces:
         piece.pack(packed)
