@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,8 @@ def test_ddp(checkpoint):
             break
     assert done.returncode == 0, done.stderr
     assert "2 ranks, the same weights and masks on each after 8 steps" in done.stdout
+    sent = re.search(r"(\d+)% of the gradients' bytes were sent", done.stdout)
+    assert 0 < int(sent[1]) < 90
 
 
 def test_every_script_is_run():

@@ -118,14 +118,16 @@ def _ddp(
     return start
 
 
-def _fsdp(p: float | None, sampler: bool = True, **options: object) -> Callable[..., Training]:
+def _fsdp(p: float | None, whole_targets: bool = False, **options: bool) -> Callable[..., Training]:
     def start(model: nn.Module, inputs: Mapping[str, Tensor]) -> Training:
         if p is not None:
             mk.apply_mixout(model, p=p)
+        if whole_targets:  # as a sampler that is made before leaves them
+            mk.MixSampler(model, seed=1)
         for layer in model.bert.encoder.layer:
             fully_shard(layer, reshard_after_forward=True)
         fully_shard(model)
-        if p is not None and sampler:
+        if p is not None and not whole_targets:
             mk.MixSampler(model, seed=1, **options)
         return _steps(model, model, inputs)
 
@@ -135,18 +137,23 @@ def _fsdp(p: float | None, sampler: bool = True, **options: object) -> Callable[
 def methods() -> list[Method]:
     """List every method, the one that ratios are taken to first in each engine."""
     whole, small = "mixout, p=0.7, all sent", ", buckets of 8 MB"
-    kept = {p: f"mixout, p={p}, kept columns{small}" for p in (0.7, 0.9)}
-    hooks = {p: _ddp(p, hook=True, bucket_megabytes=8) for p in kept}
+    sharded = "mixout, p=0.7, kept reduce-scatter"
+    kept = {p: f"mixout, p={p}, kept columns" for p in (0.7, 0.9)}
+    gathered = {p: f"mixout, p={p}, and kept all-gather" for p in kept}
+    in_small = {p: _ddp(p, hook=True, bucket_megabytes=8) for p in kept}
     return [
         Method(DDP, "dropout", _ddp(None)),
         Method(DDP, whole, _ddp(0.7)),
         Method(DDP, whole + small, _ddp(0.7, bucket_megabytes=8), same_as=whole),
-        Method(DDP, kept[0.7], hooks[0.7], whole, {"1 Gbit/s": 0.46, "unlimited": 0.95}, same_as=whole),
-        Method(DDP, kept[0.9], hooks[0.9], whole, {"1 Gbit/s": 0.31}),
+        Method(DDP, kept[0.7], _ddp(0.7, hook=True), whole, {"unlimited": 0.95}, same_as=whole),
+        Method(DDP, kept[0.7] + small, in_small[0.7], whole, {"1 Gbit/s": 0.46}, same_as=whole),
+        Method(DDP, kept[0.9] + small, in_small[0.9], whole, {"1 Gbit/s": 0.31}),
         Method(DDP, "mixout, p=0.7, no communication", _ddp(0.7, communicate=False)),
         Method(FSDP, "dropout", _fsdp(None)),
-        Method(FSDP, "mixout, p=0.7, no sampler", _fsdp(0.7, sampler=False)),
-        Method(FSDP, "mixout, p=0.7", _fsdp(0.7), goals={"1 Gbit/s": 0.80}),
+        Method(FSDP, "mixout, p=0.7, whole targets", _fsdp(0.7, whole_targets=True)),
+        Method(FSDP, sharded, _fsdp(0.7), goals={"1 Gbit/s": 0.80}),
+        Method(FSDP, gathered[0.7], _fsdp(0.7, kept_all_gather=True), goals={"1 Gbit/s": 0.45}, same_as=sharded),
+        Method(FSDP, gathered[0.9], _fsdp(0.9, kept_all_gather=True), goals={"1 Gbit/s": 0.24}),
     ]
 
 

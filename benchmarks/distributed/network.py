@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,11 +76,14 @@ def network() -> Iterator[Network]:
     if os.geteuid() != 0:
         raise CommandError("not root: only root makes network namespaces")
     made = Network()
+    # Ended by another process it must take the namespaces along, as it does on Ctrl-C.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         made.up()
         yield made
     finally:
         made.down()
+        signal.signal(signal.SIGTERM, before)
 
 
 def sent_bytes(interface: str) -> int:

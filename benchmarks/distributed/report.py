@@ -73,7 +73,8 @@ def _notes(run: Run) -> str:
         "Two processes of one thread each, over gloo, in two network namespaces joined by a veth pair; `tc` limits the "
         "rate of both ends. Sent is what rank 0's interface counts in a step.",
         "Gloo makes a reduce-scatter out of an all-reduce, so FSDP2 sends more here than over NCCL.",
-        "Same weights: bit for bit those of the same mixout with everything sent, after the same steps.",
+        "Same weights: after the same steps, bit for bit those of the same mixout that sends everything (DDP), or of "
+        "the one without the kept all-gather (FSDP2).",
         machine_line(run.machine),
     ]
     return "\n".join(f"- {note}" for note in notes)
