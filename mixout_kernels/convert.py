@@ -208,11 +208,6 @@ def _check_weight(name: str, weight: Tensor) -> None:
             f"apply_mixout: model: expected weights that are Parameters, got a {type(weight).__name__} in {name!r}; "
             "call apply_mixout before the model is sharded or its weights are replaced"
         )
-    if weight.is_meta:
-        raise ValueError(
-            f"apply_mixout: model: expected its pretrained weights, got {name!r} on the meta device, without data; "
-            "load them first"
-        )
 
 
 def _nothing_to_mix(selection: Selection) -> str:

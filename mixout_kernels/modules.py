@@ -103,6 +103,12 @@ class MixedLayer(nn.Module):
     def _target_for(self, weight: Tensor) -> Tensor:
         """The target after something moved or cast the weight by itself (``p.data = ...``, accelerate's hooks)."""
         assert self.target is not None
+        if self.target.is_meta:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a target with values, got one on the meta device: load the "
+                "pretrained weights before apply_mixout, or call shard_targets(model, from_weights=True) once every "
+                "rank has its piece of them"
+            )
         if not self.host_target:
             # A target narrower than its weight was asked for; a wider one has digits that the weight has not.
             narrower = self.target.dtype.itemsize < weight.dtype.itemsize
@@ -114,7 +120,9 @@ class MixedLayer(nn.Module):
         super()._apply(fn, recurse)
         if self.target is not None and not self.host_target:
             with torch.no_grad():
-                self.__dict__["target"] = fn(self.target)
+                moved = fn(self.target)
+            if moved.is_meta or not self.target.is_meta:  # to_empty() would give it any values
+                self.__dict__["target"] = moved
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:

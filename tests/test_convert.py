@@ -298,9 +298,13 @@ def test_transformer_encoder_layer_uses_its_mixed_weights_in_training():
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_a_model_without_data_has_no_pretrained_weights():
+def test_a_model_from_the_meta_device_needs_other_targets():
+    """``to_empty`` gives its targets no values, as it gives its weights any: nothing mixes with them."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"^apply_mixout: model: expected its pretrained weights, got '0' on the meta"):
-        mk.apply_mixout(model, p=0.5)
-    assert type(model[0]) is nn.Linear
+    mk.apply_mixout(model, p=0.5)
+    model.to_empty(device="cpu").half()
+    with pytest.raises(RuntimeError, match=r"^MixLinear: expected a target with values, got one on the meta device"):
+        model(torch.ones(1, 4, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"^MixSampler: model: expected the target of '0' in memory on every rank"):
+        mk.MixSampler(model)

@@ -34,6 +34,8 @@ def agree(seed: int, layers: Mapping[str, MixedLayer], group: dist.ProcessGroup 
     if not (dist.is_available() and dist.is_initialized()):
         if group is not None:
             raise ValueError("MixSampler: process_group: expected None where torch.distributed is not initialized")
+        without_values = {name for name, layer in layers.items() if _is_meta(layer) and not layer.weight.is_meta}
+        _check_targets("MixSampler", [_Rank(seed, dict.fromkeys(without_values, "meta"))])
         return seed
     rank = dist.get_rank(group)
     if rank < 0:
@@ -90,7 +92,7 @@ def _checksums(layers: Mapping[str, MixedLayer]) -> dict[str, Checksum]:
         target = layer.target
         if target is None or type(target) not in (Tensor, torch.nn.Parameter):
             found[name] = None
-        elif target.device.type == "meta":
+        elif _is_meta(layer):
             found[name] = "meta"
         else:
             sums[name] = _checksum(target)
@@ -101,6 +103,10 @@ def _checksums(layers: Mapping[str, MixedLayer]) -> dict[str, Checksum]:
         for name, (rows, columns) in zip(names, torch.stack([sums[name] for name in names]).tolist(), strict=True):
             found[name] = rows, columns
     return found
+
+
+def _is_meta(layer: MixedLayer) -> bool:
+    return layer.target is not None and layer.target.is_meta
 
 
 def _checksum(target: Tensor) -> Tensor:

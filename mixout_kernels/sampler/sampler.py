@@ -21,7 +21,7 @@ from .following import follow, followers
 from .layers import LayerDraw, full_names
 from .phi import MixedAhead, Phi
 from .seeds import Seeds, is_64_bits
-from .shards import Shards
+from .shards import Shards, needs_pieces
 from .siblings import SAME_INPUT, SharedInput, groups_of
 from .slot import Slot
 from .steps import Steps
@@ -212,10 +212,10 @@ class MixSampler:
             self.shards = None
         if self.same_on_all_ranks and not self.host_targets:
             self.shards = Shards(model, self._named_slots, self, self.kept_all_gather, self._group)
-        elif any(is_distributed(slot.layer.target) for slot in self._slots):
+        elif needs_pieces(model, [slot.layer for slot in self._slots]):
             raise ValueError(
-                "MixSampler: model: expected whole targets with same_on_all_ranks=False or host_targets=True, got "
-                "sharded ones: a piece of a target is mixed on its own rank, by the mask of all"
+                "MixSampler: model: expected whole targets, and no tensor parallelism, with same_on_all_ranks=False or "
+                "host_targets=True: a piece of a weight is mixed on its own rank, by the mask of all"
             )
 
     def remove(self) -> None:

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 import mixout_kernels as mk
-from mixout_kernels import checkpoints
-from mixout_kernels.pieces import is_distributed
+from mixout_kernels import backends, checkpoints
+from mixout_kernels.pieces import is_distributed, local, own_piece
 
 from ..whole_model import models
 from ..whole_model.processes import RANKS, on_each_rank
@@ -72,6 +72,27 @@ def from_weights(rank, folder):
     mk.MixSampler(model)
     equal = [torch.equal(target, full(layer.target)) for target, layer in zip(whole, layers(model), strict=True)]
     return refused, equal
+
+
+def from_meta(rank, folder):
+    """A model that is nowhere whole: made on the meta device, sharded, and filled from a checkpoint."""
+    with torch.device("meta"):
+        model = UNEVEN()
+    mk.apply_mixout(model, p=0.5, target_dtype=torch.bfloat16)
+    for unit in (*layers(model), model):
+        fully_shard(unit)
+    model.to_empty(device="cpu")
+    refused = error_of(lambda: mk.MixSampler(model))
+    for parameter, source in zip(model.parameters(), UNEVEN().parameters(), strict=True):
+        local(parameter).copy_(own_piece(source.detach(), parameter))
+    mk.shard_targets(model, from_weights=True)
+    mk.MixSampler(model, seed=3)
+    twin = UNEVEN()
+    mk.apply_mixout(twin, p=0.5, target_dtype=torch.bfloat16)
+    mk.MixSampler(twin, seed=3)
+    backends.load("cpu")._HAS_PRODUCT = False
+    x = models.random_input()
+    return refused, torch.equal(model.train()(x), twin.train()(x)), layers(model)[0].target.dtype
 
 
 def from_files(rank, folder):
@@ -182,6 +203,10 @@ def refused(rank, folder):
     found["both"] = error_of(lambda: mk.shard_targets(plain, from_weights=True, targets={}))
     sharded = models.with_mixout(models.mlp())
     fully_shard(sharded)
+    other = models.mlp()
+    mk.apply_mixout(other, p=0.5, include=("0",) if rank == 0 else ("0", "2"))
+    fully_shard(other)
+    found["layers"] = error_of(lambda: mk.MixSampler(other))
     found["group"] = error_of(lambda: mk.MixSampler(sharded, process_group=ALONE[rank]))
     mk.shard_targets(sharded)
     found["no sampler"] = error_of(lambda: sharded(torch.ones(2, 48)))
@@ -198,6 +223,7 @@ CASES = {
     "pulled": pulled_to_whole_targets,
     "sharded later": sharded_later,
     "from weights": from_weights,
+    "from meta": from_meta,
     "from files": from_files,
     "resumed": saved_and_resumed,
     "tied": tied,
@@ -244,6 +270,15 @@ def test_targets_of_the_present_weights(found):
         assert equal == [True, True]
 
 
+def test_a_model_from_the_meta_device(found):
+    for message, equal, dtype in found("from meta"):
+        assert message.startswith(
+            "ValueError: MixSampler: model: expected the target of '0' in memory on every rank, got"
+        )
+        assert equal
+        assert dtype == torch.bfloat16
+
+
 def test_targets_of_files(found):
     for equal, whole_reads, message in found("from files"):
         assert equal == [True] * 4
@@ -282,9 +317,10 @@ def test_refusals(found):
             "own masks": None,
             "plain": "ValueError: shard_targets: model: expected a mixed layer with a target whose weight is a",
             "both": "ValueError: shard_targets: targets: expected None with from_weights=True, got a dict",
+            "layers": "ValueError: MixSampler: model: expected '2' with the same settings on every rank, got",
             "group": "ValueError: MixSampler: process_group: expected all ranks that the weight of '0' is sharded over",
             "no sampler": "RuntimeError: MixLinear: a layer whose weight or target is a DTensor needs a MixSampler",
-            "own masks, sharded": "ValueError: MixSampler: model: expected whole targets with same_on_all_ranks=False",
+            "own masks, sharded": "ValueError: MixSampler: model: expected whole targets, and no tensor parallelism",
         }
         for name, message in expected.items():
             assert messages[name] is None if message is None else messages[name].startswith(message), messages[name]

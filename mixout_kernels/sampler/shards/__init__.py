@@ -8,6 +8,6 @@ shards.py                  all of a sampler's: which are sharded how, and what i
   placing.py               targets, piece by piece
 """
 
-from .shards import Shards
+from .shards import Shards, needs_pieces
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "needs_pieces"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -52,8 +52,7 @@ class Shards:
         self._kept_all_gather = kept_all_gather
         self._shared = placing.shared_weights(model)
         names = {slot.layer: name for name, slot in self._slots.items()}
-        for name, slot in self._slots.items():
-            _check_mesh(name, slot.layer.weight, group)
+        _check_ranks({name: slot.layer for name, slot in self._slots.items()}, group)
         self.units = [Unit(module, group, self._sharded(group, names)) for module, group in groups_of(model)]
         of_fsdp = {layer.layer for unit in self.units for layer in unit.layers}
         of_tensor_parallelism = []
@@ -114,15 +113,45 @@ def _weight(slot: Slot) -> Any:
     return slot.layer.weight
 
 
-def _check_mesh(name: str, weight: Any, group: dist.ProcessGroup | None) -> None:
-    if group is None:
-        return
-    missing = set(weight.device_mesh.mesh.flatten().tolist()) - set(dist.get_process_group_ranks(group))
-    if missing:
-        raise ValueError(
-            f"MixSampler: process_group: expected all ranks that the weight of {name!r} is sharded over, got a group "
-            f"without {sorted(missing)}: the pieces of a weight need one mask"
-        )
+def _check_ranks(layers: Mapping[str, MixedLayer], group: dist.ProcessGroup | None) -> None:
+    """The pieces of a weight need one mask: its ranks must be in the group, and mix this layer alike."""
+    own = {name: (_ranks_of(m.weight), m.p, m.grad_p, m.mask, m.rescale) for name, m in layers.items()}
+    members = dist.get_process_group_ranks(group)
+    told: list[dict[str, Any]] = [{}] * len(members)
+    dist.all_gather_object(told, own, group=group)
+    by_rank = dict(zip(members, told, strict=True))
+    for rank, settings_by_name in by_rank.items():
+        for name, settings in settings_by_name.items():
+            for other in settings[0]:
+                if other not in by_rank:
+                    raise ValueError(
+                        f"MixSampler: process_group: expected all ranks that the weight of {name!r} is sharded over, "
+                        f"{list(settings[0])}, got a group without {other}"
+                    )
+                if by_rank[other].get(name) != settings:
+                    raise ValueError(
+                        f"MixSampler: model: expected {name!r} with the same settings on every rank, got "
+                        f"{_settings(settings)} on rank {rank} and {_settings(by_rank[other].get(name))} on rank "
+                        f"{other}. (Which layers are new, ranks without the checkpoint cannot tell: pass exclude= to "
+                        "apply_mixout.)"
+                    )
+
+
+def _ranks_of(weight: Any) -> tuple[int, ...]:
+    return tuple(weight.device_mesh.mesh.flatten().tolist())
+
+
+def _settings(settings: Any) -> str:
+    return "none" if settings is None else "p={}, grad_p={}, mask={!r}, rescale={}".format(*settings[1:])
+
+
+def needs_pieces(model: nn.Module, layers: Iterable[MixedLayer]) -> bool:
+    """Whether a layer cannot do with a whole target: the target is sharded, or tensor parallelism the weight."""
+    of_fsdp = {id(p.sharded_param) for _, group in groups_of(model) for p in group.fsdp_params if not p.is_dtensor}
+    return any(
+        is_distributed(layer.target) or (is_distributed(layer.weight) and id(layer.weight) not in of_fsdp)
+        for layer in layers
+    )
 
 
 def _can_reduce_kept(unit: Unit) -> bool:
