@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .pieces import is_distributed
 from .sampler import MixSampler
 
 _NAME = "MixSampler"  # among the stateful callbacks of a TrainerState
@@ -35,7 +36,8 @@ class MixSamplerCallback(TrainerCallback):
     wherever it resumes from. A resumed run then has the masks of one that was never interrupted, bit for bit; it needs
     the pretrained targets again, as :func:`mixout_kernels.apply_mixout` says.
 
-    Under DistributedDataParallel it registers a :class:`mixout_kernels.KeptColumns` when training begins.
+    Under DistributedDataParallel it registers a :class:`mixout_kernels.KeptColumns` when training begins, and under
+    FSDP2 it calls :func:`mixout_kernels.shard_targets` then, unless the sampler needs whole targets.
 
     Args:
         sampler: of the model that is trained.
@@ -85,9 +87,19 @@ class MixSamplerCallback(TrainerCallback):
                 "has no state of a sampler: the masks are not those of an uninterrupted run",
                 stacklevel=2,
             )
+        self._shard_targets()
         if self.kept_columns is not False and torch.distributed.is_available() and self._awaiting is None:
             # Trainer tells callbacks of the model alone, not of the DDP around it: the first call shows that.
             self._awaiting = register_module_forward_pre_hook(self._see)
+
+    def _shard_targets(self) -> None:
+        sampler = self.sampler
+        if sampler.model is None or sampler.shards is not None or not sampler.same_on_all_ranks or sampler.host_targets:
+            return
+        if any(is_distributed(slot.layer.weight) for slot in sampler.slots):
+            from .distributed import shard_targets
+
+            shard_targets(sampler.model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stop_awaiting()

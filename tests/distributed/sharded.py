@@ -115,8 +115,9 @@ class Twins:
 
     def loss(self, model: nn.Module, number: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(number)
-        first = next(layer for layer in model.modules() if isinstance(layer, nn.Linear))
-        return model(torch.randn(8, first.in_features, generator=generator)).float().square().mean()
+        first = next(layer for layer in model.modules() if isinstance(layer, mk.MixLinear | mk.MixConv1D))
+        width = first.nx if isinstance(first, mk.MixConv1D) else first.in_features
+        return model(torch.randn(8, width, generator=generator)).float().square().mean()
 
     def gradients_equal(self) -> bool:
         ours = dict(self.sharded.named_parameters())

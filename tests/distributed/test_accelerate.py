@@ -80,8 +80,8 @@ def accelerated(rank, efficient):
     return same, all_of(torch.equal(a, full(b)) for a, b in weights), [is_distributed(m.target) for m in layers(model)]
 
 
-def trained(rank, folder):
-    """By Trainer; the pieces of targets and the sampler are made when its model is sharded."""
+def trained(rank, folder, *, sampler_first):
+    """By Trainer, whose callback shards the targets; or pieces and sampler are made when its model is sharded."""
     as_if_on_gpus(rank)
     model = bert()
     mk.apply_mixout(model, p=0.7)
@@ -108,7 +108,9 @@ def trained(rank, folder):
     assert arguments.device.type == "cpu"  # asked for, it sets the state up anew
     pretend_gpus()
     data = [{"input_ids": torch.randint(1, 50, (6,)), "labels": number % 2} for number in range(12)]
-    callbacks = [MakeSampler()]
+    if sampler_first:
+        samplers.append(mk.MixSampler(model, seed=3))
+    callbacks = [mk.MixSamplerCallback(samplers[0]) if sampler_first else MakeSampler()]
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
     before = [full(layer.weight).clone() for layer in layers(model)]
     result = trainer.train()
@@ -120,7 +122,8 @@ def every_case(rank, folder):
     return {
         "whole": accelerated(rank, efficient=False),
         "efficient": accelerated(rank, efficient=True),
-        "Trainer": trained(rank, folder),
+        "Trainer": trained(rank, folder, sampler_first=False),
+        "callback": trained(rank, folder, sampler_first=True),
     }
 
 
@@ -139,5 +142,6 @@ def test_accelerate(found, name):
         assert all(sharded)
 
 
-def test_trainer(found):
-    assert found("Trainer") == [(3, 3, True, {True})] * RANKS
+@pytest.mark.parametrize("name", ["Trainer", "callback"])
+def test_trainer(found, name):
+    assert found(name) == [(3, 3, True, {True})] * RANKS

@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..whole_model import models
 from ..whole_model.processes import on_each_rank
@@ -12,10 +14,17 @@ from .sharded import Twins, mlp
 SAME = {"losses": True, "gradients": True}
 
 
-def trains(optimizer=torch.optim.SGD, micro=1, **options):
+def trains(optimizer=torch.optim.SGD, micro=1, autocast=False, **options):
     twins = Twins(**options)
     twins.optimize(optimizer)
-    return twins.train(micro=micro), twins.target_bytes()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return twins.train(micro=micro), twins.target_bytes()
+
+
+def conv1d():
+    """Whose rows are input features: each rank has a part of the mask."""
+    torch.manual_seed(0)
+    return nn.Sequential(Conv1D(41, 47), nn.GELU(), Conv1D(8, 41))
 
 
 CASES = {
@@ -30,6 +39,9 @@ CASES = {
     "resharded after forward": functools.partial(trains, reshard_after_forward=True),
     "not resharded after forward": functools.partial(trains, reshard_after_forward=False),
     "accumulation": functools.partial(trains, micro=3),
+    "Conv1D": functools.partial(trains, build=conv1d),
+    "Conv1D, weight masks": functools.partial(trains, build=conv1d, mask="weight"),
+    "autocast": functools.partial(trains, build=models.attention_net, autocast=True),
     "bfloat16 targets": functools.partial(trains, target_dtype=torch.bfloat16),
     "frozen weights": functools.partial(
         trains, build=models.attention_net, freeze=("0", "1.key"), units=lambda model: []

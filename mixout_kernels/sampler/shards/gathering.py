@@ -142,7 +142,8 @@ class Gathered(Sharded):
         padded = self.fsdp_param.padded_sharded_param_size
         if self.unsharded is None and shard.shape == padded:
             return shard.to(dtype)
-        contribution = torch.zeros(padded, dtype=dtype, device=shard.device)
+        allocate = torch.empty if shard.shape == padded else torch.zeros
+        contribution = allocate(padded, dtype=dtype, device=shard.device)
         rows = contribution[: shard.shape[0]]
         if self.unsharded is None:
             rows.copy_(shard)

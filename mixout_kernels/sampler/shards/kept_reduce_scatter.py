@@ -103,9 +103,18 @@ class KeptReduceScatter:
             if block.kept is None:
                 out.copy_(source)
             else:
-                matrix = source.unflatten(1, (block.rows, block.width))
-                out.unflatten(1, (block.rows, len(block.kept))).copy_(matrix.index_select(2, block.kept))
+                matrices = source.unflatten(1, (block.rows, block.width))
+                _select(matrices, block.kept, out.unflatten(1, (block.rows, len(block.kept))))
         return packed
+
+
+def _select(matrices: Tensor, kept: Tensor, out: Tensor) -> None:
+    """Columns of ``[ranks, rows, width]``. On a CPU rank by rank: in one call they took ten times as long."""
+    if matrices.device.type != "cpu":
+        out.copy_(matrices.index_select(2, kept))
+        return
+    for matrix, room in zip(matrices, out, strict=True):
+        torch.index_select(matrix, 1, kept, out=room)
 
 
 def _unpack(reduced: Tensor, output: Tensor, blocks: list[_Block]) -> None:

@@ -100,7 +100,7 @@ class Shards:
     def _sharded_layer(self, name: str, layer: MixedLayer, fsdp_param: Any) -> Sharded:
         arguments = name, layer, fsdp_param, self._slots[name].draw, self._sampler
         if fsdp_param.is_dtensor:
-            spec = fsdp_param._unsharded_dtensor_spec
+            spec = getattr(fsdp_param, "_unsharded_dtensor_spec", None) or fsdp_param._tp_spec  # of older versions
             tensor_parallel.check_plan(name, layer, spec.mesh, spec.placements)
         if layer.target is None:  # its weight is needed in the kept columns alone
             return Sharded(*arguments)
