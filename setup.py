@@ -22,7 +22,7 @@ from pathlib import Path
 from setuptools import setup
 
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/columns.cu", "csrc/cuda/mix.cu", "csrc/cuda/product.cu"]
-SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp")), *sorted(glob("csrc/gpu/*.cpp"))]
 
 # The CUDA sources need compute capability 8.0. In TORCH_CUDA_ARCH_LIST the older ones are numbers, or torch's names.
 TOO_OLD = re.compile(r"([1-7]\.\d|Kepler|Maxwell|Pascal|Volta|Turing)(\+\w+)?")
@@ -173,7 +173,12 @@ def cpu_extensions() -> list:
     flags = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"]
     # at::parallel_for is a template: without OpenMP in this compilation it runs on one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    return [CppExtension("mixout_kernels._C", SOURCES, extra_compile_args=flags + openmp, extra_link_args=openmp)]
+    headers = ["csrc/cuda/kernels.h", "csrc/cuda/launchers.h", *glob("csrc/*.h"), *glob("csrc/[cg]pu/*.h")]
+    return [
+        CppExtension(
+            "mixout_kernels._C", SOURCES, depends=headers, extra_compile_args=flags + openmp, extra_link_args=openmp
+        )
+    ]
 
 
 def torch_has_cuda() -> bool:

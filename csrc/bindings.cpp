@@ -8,6 +8,7 @@
 #include "cpu/autograd.h"
 #include "cpu/kernels.h"
 #include "cpu/mixout.h"
+#include "gpu/autograd.h"
 #include "records.h"
 
 namespace py = pybind11;
@@ -40,6 +41,20 @@ py::dict build_info() {
   return info;
 }
 
+// `launchers` is what the module _cuda hands out, or its emulation.
+std::tuple<at::Tensor, at::Tensor> gpu_recorded_linear(
+    const at::Tensor& input, const mixout::gpu::MixedWeight& phi, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& kept_input, const mixout::gpu::WeightGradient& gradient, bool fused,
+    const py::capsule& launchers, uintptr_t stream) {
+  using mixout::cuda::Launchers;
+  const void* table = PyCapsule_GetPointer(launchers.ptr(), mixout::cuda::kLaunchersName);
+  if (table == nullptr) throw py::error_already_set();
+  const mixout::gpu::Launch launch{
+      static_cast<const Launchers*>(table), reinterpret_cast<void*>(stream), fused};
+  const py::gil_scoped_release release_gil;
+  return mixout::gpu::recorded_linear(launch, input, phi, bias, kept_input, gradient);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -55,4 +70,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cpu_mix_linear", &cpu::mix_linear, release_gil);
   module.def("cpu_recorded_linear", &cpu::recorded_linear, release_gil);
   module.def("cpu_mix_linear_backward", &cpu::mix_linear_backward, release_gil);
+  module.def("gpu_recorded_linear", &gpu_recorded_linear);
 }

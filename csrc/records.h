@@ -7,8 +7,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/draw.h"
+#include "gpu/draw.h"
 
-namespace mixout::cpu {
+namespace mixout {
 
 template <typename T>
 T field(pybind11::handle record, Py_ssize_t index) {
@@ -19,7 +20,13 @@ inline bool is_record(pybind11::handle value, Py_ssize_t fields) {
   return PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == fields;
 }
 
-}  // namespace mixout::cpu
+// A seed on the host is read here, one on a device by the kernels.
+inline void read_seed(const at::Tensor& seed, cpu::Draw& draw) {
+  draw.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+}
+inline void read_seed(const at::Tensor& seed, gpu::Draw& draw) { draw.seed = seed; }
+
+}  // namespace mixout
 
 namespace pybind11::detail {
 
@@ -27,8 +34,8 @@ template <>
 struct type_caster<mixout::cpu::Layout> {
   PYBIND11_TYPE_CASTER(mixout::cpu::Layout, const_name("Layout"));
   bool load(handle source, bool) {
-    using mixout::cpu::field;
-    if (!mixout::cpu::is_record(source, 5)) return false;
+    using mixout::field;
+    if (!mixout::is_record(source, 5)) return false;
     value = {
         field<int64_t>(source, 0), field<int64_t>(source, 1), field<int64_t>(source, 2),
         {0, field<int64_t>(source, 3), field<int64_t>(source, 4)}};
@@ -36,13 +43,13 @@ struct type_caster<mixout::cpu::Layout> {
   }
 };
 
-template <>
-struct type_caster<mixout::cpu::Draw> {
-  PYBIND11_TYPE_CASTER(mixout::cpu::Draw, const_name("Draw"));
+template <typename Draw>
+struct draw_caster {
+  PYBIND11_TYPE_CASTER(Draw, const_name("Draw"));
   bool load(handle source, bool) {
-    using mixout::cpu::field;
-    if (!mixout::cpu::is_record(source, 4)) return false;
-    value.seed = static_cast<uint64_t>(*field<at::Tensor>(source, 0).const_data_ptr<int64_t>());
+    using mixout::field;
+    if (!mixout::is_record(source, 4)) return false;
+    mixout::read_seed(field<at::Tensor>(source, 0), value);
     value.p = field<double>(source, 1);
     value.strides.clear();
     for (const handle stride : reinterpret_borrow<sequence>(PyTuple_GET_ITEM(source.ptr(), 2)))
@@ -52,29 +59,43 @@ struct type_caster<mixout::cpu::Draw> {
   }
 };
 
-template <>
-struct type_caster<mixout::cpu::MixedWeight> {
-  PYBIND11_TYPE_CASTER(mixout::cpu::MixedWeight, const_name("MixedWeight"));
+template <typename MixedWeight>
+struct mixed_weight_caster {
+  PYBIND11_TYPE_CASTER(MixedWeight, const_name("MixedWeight"));
   bool load(handle source, bool) {
-    using mixout::cpu::field;
-    if (!mixout::cpu::is_record(source, 4)) return false;
+    using mixout::field;
+    if (!mixout::is_record(source, 4)) return false;
     value = {
         field<at::Tensor>(source, 0), field<std::optional<at::Tensor>>(source, 1),
-        field<std::optional<at::Tensor>>(source, 2), field<mixout::cpu::Draw>(source, 3)};
+        field<std::optional<at::Tensor>>(source, 2), field<decltype(MixedWeight::draw)>(source, 3)};
+    return true;
+  }
+};
+
+template <typename WeightGradient>
+struct weight_gradient_caster {
+  PYBIND11_TYPE_CASTER(WeightGradient, const_name("WeightGradient"));
+  bool load(handle source, bool) {
+    using mixout::field;
+    if (!mixout::is_record(source, 3)) return false;
+    value = {
+        field<decltype(WeightGradient::draw)>(source, 0), field<double>(source, 1),
+        field<std::optional<int64_t>>(source, 2)};
     return true;
   }
 };
 
 template <>
-struct type_caster<mixout::cpu::WeightGradient> {
-  PYBIND11_TYPE_CASTER(mixout::cpu::WeightGradient, const_name("WeightGradient"));
-  bool load(handle source, bool) {
-    using mixout::cpu::field;
-    if (!mixout::cpu::is_record(source, 3)) return false;
-    value = {
-        field<mixout::cpu::Draw>(source, 0), field<double>(source, 1), field<std::optional<int64_t>>(source, 2)};
-    return true;
-  }
-};
+struct type_caster<mixout::cpu::Draw> : draw_caster<mixout::cpu::Draw> {};
+template <>
+struct type_caster<mixout::gpu::Draw> : draw_caster<mixout::gpu::Draw> {};
+template <>
+struct type_caster<mixout::cpu::MixedWeight> : mixed_weight_caster<mixout::cpu::MixedWeight> {};
+template <>
+struct type_caster<mixout::gpu::MixedWeight> : mixed_weight_caster<mixout::gpu::MixedWeight> {};
+template <>
+struct type_caster<mixout::cpu::WeightGradient> : weight_gradient_caster<mixout::cpu::WeightGradient> {};
+template <>
+struct type_caster<mixout::gpu::WeightGradient> : weight_gradient_caster<mixout::gpu::WeightGradient> {};
 
 }  // namespace pybind11::detail

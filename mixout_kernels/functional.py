@@ -112,12 +112,11 @@ def sampled_linear(
     dtype = compute_dtype(input)
     if input.dtype != dtype:
         input = input.to(dtype)
-    if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
-        bias = bias.to(dtype).contiguous()  # a fused GEMM reads it by its address
     weight, target, operand, draw = phi
     backend, schedule = backends.selected(backend, schedule)
     chosen = _choose(backend, schedule, weight, target, dtype)
     if chosen == "reference" or weight.numel() == 0 or input.numel() == 0:
+        bias = None if bias is None else bias.to(dtype)
         return F.linear(input, reference.mixed_weight(*phi, gradient, dtype), bias), None
     # Where nothing is mixed the product has its operand already. What follows, backends included, has p < 1.
     if operand is None and draw.p == 0:

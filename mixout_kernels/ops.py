@@ -142,6 +142,8 @@ def mix_linear(
         recorded = backends.load(backend).recorded_linear(input, phi, bias, kept_input, gradient, schedule)
         if recorded is not None:
             return recorded
+    if bias is not None and (bias.dtype != input.dtype or not bias.is_contiguous()):
+        bias = bias.to(input.dtype).contiguous()  # a fused GEMM reads it by its address
     settings = Settings(p, strides, offset, gradient.draw.p, gradient.scale, gradient.width, backend, schedule)
     if intercepted:
         return mix_linear_op(input, weight, target, bias, operand, kept_input, seed, *settings)

@@ -1,16 +1,14 @@
-// The linear layer as autograd records it.
+// The linear layer as autograd records it (csrc/autograd.h), by the kernels of this folder.
 #pragma once
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "draw.h"
 
 namespace mixout::cpu {
 
-// y and x[:, kept], with the derivatives of x, w and b: what mixout_kernels/ops.py does in MixLinearFunction, which is
-// the reference of this, without Python. `kept_input`: x[:, kept] where a sibling has gathered it.
+// y and x[:, kept], with the derivatives of x, w and b. `kept_input`: x[:, kept] where a sibling has gathered it.
 std::tuple<Tensor, Tensor> recorded_linear(
     const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& kept_input, const WeightGradient& gradient, bool fused);

@@ -9,10 +9,11 @@
 #include <pybind11/stl.h>
 
 #include "kernels.h"
+#include "launchers.h"
 #if defined(MIXOUT_HOST_EMULATION)
 #include "intrinsics.h"
 #else
-#include <cuda_runtime_api.h>
+#include <cuda_runtime_api.h>  // CUDART_VERSION
 #endif
 
 namespace py = pybind11;
@@ -35,20 +36,10 @@ T* pointer(Address address) {
 #define MIXOUT_TEXT(value) MIXOUT_TEXT_OF(value)
 // Read out of the file by _extension.py, which must know the version also when the library cannot be loaded.
 [[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for CUDA " MIXOUT_TEXT(CUDART_VERSION);
-
-// Zeros on the current device, which are never given back.
-Address allocate_counters(int64_t count, Address stream) {
-  const size_t bytes = count * sizeof(uint32_t);
-  void* memory = nullptr;
-  cudaError_t error = cudaMalloc(&memory, bytes);
-  if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(pointer(stream)));
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch that is checked would be blamed for it
-    throw std::runtime_error(std::string("mixout_kernels: counters of a product: ") + cudaGetErrorString(error));
-  }
-  return reinterpret_cast<Address>(memory);
-}
 #endif
+
+constexpr Launchers kLaunchers{
+    &mix_tensors, &gather_kept, &scatter_kept, &plan_product, &mix_product, &multiprocessors, &kept_arrivals};
 
 }  // namespace
 
@@ -58,6 +49,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .value("float32", Type::float32)
       .value("bfloat16", Type::bfloat16)
       .value("float16", Type::float16);
+  // For _C, which calls them without Python.
+  module.attr("launchers") = py::capsule(&kLaunchers, kLaunchersName);
   // Records are made anew for each launch, so those with few fields take them by position: names cost 0.7 us a call.
   py::class_<Mask>(module, "Mask")
       .def(py::init([](Address seed, double p, int64_t offset, int64_t row, int64_t column, uint32_t inner) {
@@ -128,9 +121,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       py::arg("product"), py::arg("plan"), py::arg("w"), py::arg("u"), py::arg("x"), py::arg("partial"),
       py::arg("arrivals"), py::arg("stream"));
 
-#if !defined(MIXOUT_HOST_EMULATION)
-  module.def("allocate_counters", &allocate_counters, py::arg("count"), py::arg("stream"));
-#else
+  module.def("multiprocessors", &multiprocessors);
+  module.def(
+      "kept_arrivals",
+      [](int64_t count, Address stream) { return reinterpret_cast<Address>(kept_arrivals(count, pointer(stream))); },
+      py::arg("count"), py::arg("stream"), "The address of counters, or 0 where the caller is to bring its own.");
+
+#if defined(MIXOUT_HOST_EMULATION)
   module.def(
       "emulate",
       [](const std::string& order, uint64_t seed, int shared_bytes) {

@@ -70,6 +70,13 @@ struct ProductPlan {
 };
 ProductPlan plan_product(int64_t rows, int64_t outputs, int64_t contraction, Type w, Type x, int multiprocessors);
 
+// Of the current device.
+int multiprocessors();
+
+// Zeros for `arrivals`, which the launches of one stream share and which are never given back; nullptr where the caller
+// is to bring its own: a captured graph may be replayed on any stream.
+uint32_t* kept_arrivals(int64_t count, void* stream);
+
 // `partial` has partial_floats entries. `arrivals` are zero before and after; nothing else may use them meanwhile.
 void mix_product(
     const Product& product, const ProductPlan& plan, Type w, Type u, Type x, float* partial, uint32_t* arrivals,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -18,11 +19,15 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #if defined(MIXOUT_HOST_EMULATION)
 
 inline int shared_memory_limit() { return emulation::options.shared_bytes; }
+// Small shapes then share a contraction among blocks, as large ones do on a GPU.
+inline int multiprocessor_count() { return 4; }
 
 template <typename... Parameters, typename... Arguments>
 void launch(
     const char*, void (*kernel)(Parameters...), Grid grid, int threads, int shared_bytes, void*,
     const Arguments&... arguments) {
+  static std::mutex one_machine;
+  const std::lock_guard<std::mutex> lock(one_machine);
   emulation::run_grid({grid.x, grid.y, grid.z}, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
@@ -34,13 +39,21 @@ inline void check(cudaError_t error, const char* kernel) {
         std::string("mixout_kernels: CUDA kernel ") + kernel + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device: what a block can ask for.
-inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
+  return device;
 }
+
+inline int attribute(cudaDeviceAttr name) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, current_device()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Of the current device: what a block can ask for.
+inline int shared_memory_limit() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int multiprocessor_count() { return attribute(cudaDevAttrMultiProcessorCount); }
 
 template <typename... Parameters, typename... Arguments>
 void launch(

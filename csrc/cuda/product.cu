@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "types.h"
 
@@ -84,5 +87,44 @@ void mix_product(
     }
   });
 }
+
+int multiprocessors() { return multiprocessor_count(); }
+
+#if defined(MIXOUT_HOST_EMULATION)
+
+uint32_t* kept_arrivals(int64_t, void*) { return nullptr; }
+
+#else
+
+// Not from torch's allocator: while Inductor warms a CUDA graph up, that one hands out memory of the graph, and nothing
+// but the graph's own outputs may keep it.
+uint32_t* kept_arrivals(int64_t count, void* stream) {
+  constexpr const char* kWhat = "counters of a product";
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture), kWhat);
+  if (capture != cudaStreamCaptureStatusNone) return nullptr;
+
+  struct Counters {
+    uint32_t* memory = nullptr;
+    int64_t count = 0;
+  };
+  static std::mutex mutex;
+  static std::map<std::pair<int, void*>, Counters> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Counters& counters = kept[{current_device(), stream}];
+  if (counters.count < count) {
+    const int64_t enough = std::max<int64_t>(count, 1024);
+    void* memory = nullptr;
+    cudaError_t error = cudaMalloc(&memory, enough * sizeof(uint32_t));
+    if (error == cudaSuccess)
+      error = cudaMemsetAsync(memory, 0, enough * sizeof(uint32_t), static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess) cudaGetLastError();  // or the next launch that is checked would be blamed for it
+    check(error, kWhat);
+    counters = {static_cast<uint32_t*>(memory), enough};
+  }
+  return counters.memory;
+}
+
+#endif
 
 }  // namespace mixout::cuda

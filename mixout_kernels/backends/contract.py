@@ -95,7 +95,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor] | None:
         """``mix_linear`` as autograd records it, or None where that is left to ``ops.MixLinearFunction``.
 
-        ``kept_input`` is the x[:, kept] that a sibling has gathered; ``gradient.width`` is then that of it.
+        ``kept_input`` is the x[:, kept] that a sibling has gathered; ``gradient.width`` is then that of it. A bias of
+        another dtype than the input's is cast here, unlike that of the other functions, and db comes back in its own.
         """
 
     def mix_linear_backward(

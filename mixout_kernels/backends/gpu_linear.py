@@ -42,7 +42,7 @@ class Primitives(Protocol):
         """Writes ``scale * compact`` into the kept columns of ``out`` (either dense layout), zeros elsewhere."""
 
     def prefers_fused(self, x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
-        """What schedule "auto" takes for these."""
+        """What schedule "auto" takes for these, x being ``[..., features]``."""
 
     def fused_linear(
         self,
@@ -78,10 +78,8 @@ def mix_linear(
 ) -> tuple[Tensor, Tensor]:
     x = _rows(input)
     weight, target, operand, draw = phi
-    width = gradient.width
-    if width is None:  # on the CPU alone, where the host can read the mask
-        width = int(primitives.keep_mask(gradient.draw, (1, weight.shape[1])).sum())
-    if operand is None and _is_fused(primitives, x, weight, target, schedule):
+    width = saved_width(primitives, weight, gradient)
+    if operand is None and is_fused(primitives, x, weight, target, schedule):
         y, kept = primitives.fused_linear(x, weight, target, bias, draw, gradient.draw, width)
     else:
         if operand is None:
@@ -104,7 +102,7 @@ def mix_linear_backward(
     weight, target, operand, draw = phi
     needs_dx, needs_dw, needs_db = needs
     dx, dw, db = grad.new_empty(0), weight.new_empty(0), grad.new_empty(0)
-    fused = _is_fused(primitives, g, weight, target, schedule)
+    fused = is_fused(primitives, g, weight, target, schedule)
     if needs_dx:
         if operand is None and fused:
             dx = primitives.fused_input_gradient(g, weight, target, draw)
@@ -123,15 +121,15 @@ def mix_linear_backward(
     return dx, dw, db
 
 
-def recorded_linear(
-    input: Tensor,
-    phi: MixedWeight,
-    bias: Tensor | None,
-    kept_input: Tensor | None,
-    gradient: WeightGradient,
-    schedule: str,
-) -> None:
-    """Left to ``ops.MixLinearFunction``: there is no node in C++ for a GPU."""
+def is_fused(primitives: Primitives, x: Tensor, weight: Tensor, target: Tensor | None, schedule: str) -> bool:
+    return primitives.prefers_fused(x, weight, target) if schedule == "auto" else schedule == "fused"
+
+
+def saved_width(primitives: Primitives, weight: Tensor, gradient: WeightGradient) -> int:
+    """The columns of x[:, kept]. None, exactly the kept ones, comes on the CPU alone, where masks can be read."""
+    if gradient.width is not None:
+        return gradient.width
+    return int(primitives.keep_mask(gradient.draw, (1, weight.shape[1])).sum())
 
 
 def _staged_weight_gradient(
@@ -146,10 +144,6 @@ def _staged_weight_gradient(
     if product.dtype == dw.dtype and product.stride() == dw.stride():
         dw = product
     return primitives.mix_into(dw, product, None, draw, scale)
-
-
-def _is_fused(primitives: Primitives, x: Tensor, weight: Tensor, target: Tensor | None, schedule: str) -> bool:
-    return primitives.prefers_fused(x, weight, target) if schedule == "auto" else schedule == "fused"
 
 
 def _mixed(primitives: Primitives, phi: MixedWeight, dtype: torch.dtype) -> Tensor:

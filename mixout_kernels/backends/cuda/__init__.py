@@ -9,13 +9,14 @@ primitives.py    the kernels as functions of tensors, from which ``gpu_linear`` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import _extension
 from .. import gpu_linear
 from ..contract import MixedWeight, WeightGradient
-from ..gpu_linear import recorded_linear as recorded_linear
 from . import primitives
 from .primitives import EMULATED, EXTENSION, TYPES
 from .primitives import keep_mask as keep_mask
@@ -23,6 +24,7 @@ from .primitives import mixout as mixout
 from .primitives import mixout_list as mixout_list
 
 _DEVICE = "cpu" if EMULATED else "cuda"
+_C: Any = _extension.load()[0]  # without it (MIXOUT_KERNELS_CPU=0) the layer is recorded in Python
 _MINIMUM_CAPABILITY = (8, 0)
 
 
@@ -66,6 +68,25 @@ def mix_linear(
     input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
     return gpu_linear.mix_linear(primitives, input, phi, bias, gradient, schedule)
+
+
+def recorded_linear(
+    input: Tensor,
+    phi: MixedWeight,
+    bias: Tensor | None,
+    kept_input: Tensor | None,
+    gradient: WeightGradient,
+    schedule: str,
+) -> tuple[Tensor, Tensor] | None:
+    """In C++ (csrc/gpu): the operations of ``gpu_linear``, one by one, at a fraction of Python's time for them."""
+    if _C is None:
+        return None
+    weight, target, operand, _ = phi
+    fused = operand is None and gpu_linear.is_fused(primitives, input, weight, target, schedule)
+    if gradient.width is None:  # in emulation
+        gradient = gradient._replace(width=gpu_linear.saved_width(primitives, weight, gradient))
+    launchers, stream = primitives.launchers_and_stream(input.device)
+    return _C.gpu_recorded_linear(input, phi, bias, kept_input, gradient, fused, launchers, stream)
 
 
 def mix_linear_backward(

@@ -8,7 +8,6 @@ mask exchanged.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -147,7 +146,8 @@ def prefers_fused(x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
     addresses = x.data_ptr() | weight.data_ptr() | _address(target)
     if addresses % 16 or weight.shape[0] % 8 or weight.shape[1] % 8:
         return False
-    return x.shape[0] <= (_FUSED_MAX_ROWS_FLOAT32 if x.dtype == torch.float32 else gpu_linear.FUSED_MAX_ROWS)
+    rows = x.numel() // x.shape[-1]
+    return rows <= (_FUSED_MAX_ROWS_FLOAT32 if x.dtype == torch.float32 else gpu_linear.FUSED_MAX_ROWS)
 
 
 def fused_linear(
@@ -170,9 +170,9 @@ def _mix_product(x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor 
     out = x.new_empty(rows, outputs)
     w_type, u_type, x_type = _type(w), _type(w if u is None else u), _type(x)
     with _on(x):
-        plan = _loaded.plan_product(rows, outputs, contraction, w_type, x_type, _multiprocessors(x.device))
+        plan = _loaded.plan_product(rows, outputs, contraction, w_type, x_type, _multiprocessors())
         partial = torch.empty(plan.partial_floats, dtype=torch.float32, device=x.device)
-        arrivals = _arrivals(x.device, plan.arrivals)
+        arrivals, _own = _arrivals(x.device, plan.arrivals) if plan.arrivals else (0, None)
         product = _loaded.Product(
             x=x.data_ptr(),
             w=w.data_ptr(),
@@ -187,7 +187,7 @@ def _mix_product(x: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor 
             contiguous=not transposed,
         )
         stream = _stream(x.device)
-        _loaded.mix_product(product, plan, w_type, u_type, x_type, partial.data_ptr(), arrivals.data_ptr(), stream)
+        _loaded.mix_product(product, plan, w_type, u_type, x_type, partial.data_ptr(), arrivals, stream)
     return out
 
 
@@ -236,32 +236,26 @@ def _on(t: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _stream(device: torch.device) -> int:
-    return 0 if EMULATED else torch.cuda.current_stream(device).cuda_stream
+    # Not torch.cuda.current_stream: it makes an object of the stream first, 3 us.
+    return 0 if EMULATED else torch._C._cuda_getCurrentRawStream(device.index)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # Four in emulation: small shapes then share a contraction among blocks, as large ones do on a GPU.
-    return 4 if EMULATED else torch.cuda.get_device_properties(device).multi_processor_count
+def launchers_and_stream(device: torch.device) -> tuple[Any, int]:
+    """What host code in C++ starts the kernels with."""
+    return _loaded.launchers, _stream(device)
 
 
-_kept_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+def _multiprocessors() -> int:
+    """Of the current device."""
+    return _loaded.multiprocessors()
 
 
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Counters that are zero. The kernels leave them so, hence the launches of one stream share them."""
-    if EMULATED or torch.cuda.is_current_stream_capturing():  # a graph may be replayed on any stream: its own counters
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, _stream(device)
-    if key not in _kept_arrivals or _kept_arrivals[key].numel() < count:
-        _kept_arrivals[key] = torch.as_tensor(_Counters(max(count, 1024), key[1]), device=device)
-    return _kept_arrivals[key]
+def _arrivals(device: torch.device, count: int) -> tuple[int, Tensor | None]:
+    """The address of counters that are zero, and the tensor that holds them if they are this launch's own.
 
-
-class _Counters:
-    """Zeros that stay for good, not from torch's allocator: while Inductor warms a CUDA graph up, that one hands out
-    memory of the graph, and nothing but the graph's own outputs may keep it."""
-
-    def __init__(self, count: int, stream: int) -> None:
-        address = _loaded.allocate_counters(count, stream)
-        self.__cuda_array_interface__ = {"shape": (count,), "typestr": "<i4", "data": (address, False), "version": 2}
+    The kernels leave them zero, hence the launches of one stream share them.
+    """
+    if address := _loaded.kept_arrivals(count, _stream(device)):
+        return address, None
+    own = torch.zeros(count, dtype=torch.int32, device=device)
+    return own.data_ptr(), own

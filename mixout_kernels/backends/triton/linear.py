@@ -15,6 +15,17 @@ def mix_linear(
     return gpu_linear.mix_linear(primitives, input, phi, bias, gradient, schedule)
 
 
+def recorded_linear(
+    input: Tensor,
+    phi: MixedWeight,
+    bias: Tensor | None,
+    kept_input: Tensor | None,
+    gradient: WeightGradient,
+    schedule: str,
+) -> None:
+    """Left to ``ops.MixLinearFunction``: Triton's kernels are started by Python, not by C++."""
+
+
 def mix_linear_backward(
     grad: Tensor,
     saved_input: Tensor,

@@ -29,4 +29,4 @@ def prefers_fused(x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
     # Without tensor cores a GEMM of float32 takes longer than reading Phi back, and the vendor's is the faster one.
     if x.dtype == torch.float32 and float32_precision() == "ieee":
         return False
-    return x.shape[0] <= gpu_linear.FUSED_MAX_ROWS
+    return x.numel() // x.shape[-1] <= gpu_linear.FUSED_MAX_ROWS

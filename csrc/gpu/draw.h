@@ -1,0 +1,38 @@
+// The records of mixout_kernels/draws.py and backends/contract.py for kernels that read the seed on the device.
+#pragma once
+
+#include <optional>
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+namespace mixout::gpu {
+
+using at::Tensor;
+
+struct Draw {
+  Tensor seed;
+  double p;
+  c10::SmallVector<int64_t, 4> strides;
+  int64_t offset;
+
+  double scale() const { return 1 / (1 - p); }
+  // One decision for each column: the gradient of the weight is then a dense product of the kept columns alone.
+  bool by_column() const { return strides.size() == 2 && strides[0] == 0 && strides[1] == 1; }
+};
+
+// The weight [out, in] that a product reads: `operand` where the caller has it, else Phi of w and u by `draw`.
+struct MixedWeight {
+  Tensor weight;
+  std::optional<Tensor> target, operand;
+  Draw draw;
+};
+
+// dw = scale * M * (g^T x), M by `draw`; `width` is that of the saved x[:, kept].
+struct WeightGradient {
+  Draw draw;
+  double scale;
+  std::optional<int64_t> width;
+};
+
+}  // namespace mixout::gpu
