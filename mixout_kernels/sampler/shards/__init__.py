@@ -4,6 +4,7 @@ shards.py                  all of a sampler's: which are sharded how, and what i
   kept_all_gather.py       FSDP2: the kept columns of Phi are gathered, into a whole target
   kept_reduce_scatter.py   FSDP2: the kept columns of gradients are reduced
     gathering.py           FSDP2: a layer whose Phi is gathered, and never used when it is not of this moment
+  scratch.py               memory between calls
   tensor_parallel.py       a layer that computes with its piece
   placing.py               targets, piece by piece
 """

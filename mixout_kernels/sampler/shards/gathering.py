@@ -19,6 +19,7 @@ from ...functional import kept_indices
 from ...modules import MixConv1D, MixedLayer
 from ...pieces import Piece, local
 from . import placing
+from .scratch import Scratch
 
 # The sampler's draw, p and mask; None for the weight itself.
 Mixed = tuple[int, float, str] | None
@@ -102,6 +103,8 @@ class Gathered(Sharded):
     """One whose Phi is gathered in place of its weight."""
 
     unsharded: Mixed | str = "nothing"  # what the last gather was made for
+    scratch: Scratch  # where its rows are mixed, from ``start`` on: FSDP copies those of a unit before it asks another
+    start = 0
     sent_bytes = 0  # what this rank gave to all gathers so far
 
     def wanted(self) -> Mixed:
@@ -142,9 +145,9 @@ class Gathered(Sharded):
         padded = self.fsdp_param.padded_sharded_param_size
         if self.unsharded is None and shard.shape == padded:
             return shard.to(dtype)
-        allocate = torch.empty if shard.shape == padded else torch.zeros
-        contribution = allocate(padded, dtype=dtype, device=shard.device)
-        rows = contribution[: shard.shape[0]]
+        contribution = self.scratch.room(self.start, padded.numel(), dtype, shard.device).view(padded)
+        rows, padding = contribution[: shard.shape[0]], contribution[shard.shape[0] :]
+        padding.zero_()
         if self.unsharded is None:
             rows.copy_(shard)
         else:

@@ -66,9 +66,9 @@ class KeptReduceScatter:
         if not self._checked:
             _check_dropped(whole, blocks)
             self._checked = True
-        packed = self._packed(whole, blocks)
+        packed, reduced = self._room(whole, sum(block.packed for block in blocks))
+        self._pack(whole, blocks, packed)
         self.sent_bytes += packed.nbytes
-        reduced = self.inner.allocate((packed.shape[1],), dtype=packed.dtype, device=packed.device)
         if packed.numel() > 0:
             self.inner(reduced, packed.view(-1), group, op, False)
         _unpack(reduced, output_tensor, blocks)
@@ -89,10 +89,19 @@ class KeptReduceScatter:
                 blocks.append(_Block(name, rows, width, None if layer is None else _kept(layer)))
         return blocks
 
-    def _packed(self, whole: Tensor, blocks: list[_Block]) -> Tensor:
-        size = sum(block.packed for block in blocks)
-        buffer = self.inner.allocate((whole.shape[0] * size,), dtype=whole.dtype, device=whole.device)
-        packed = buffer.view(whole.shape[0], size)
+    def _room(self, whole: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """For what each rank gets of this one, ``[ranks, size]``, and for their sum."""
+        ranks, dtype, device = whole.shape[0], whole.dtype, whole.device
+        if device.type == "cpu":
+            packed, reduced = self._unit.scratch.room(0, (ranks + 1) * size, dtype, device).split([ranks * size, size])
+        else:
+            packed, reduced = (
+                self.inner.allocate((numel,), dtype=dtype, device=device) for numel in (ranks * size, size)
+            )
+        return packed.view(ranks, size), reduced
+
+    @staticmethod
+    def _pack(whole: Tensor, blocks: list[_Block], packed: Tensor) -> None:
         parts = zip(
             blocks,
             whole.split([block.size for block in blocks], dim=1),
@@ -105,7 +114,6 @@ class KeptReduceScatter:
             else:
                 matrices = source.unflatten(1, (block.rows, block.width))
                 _select(matrices, block.kept, out.unflatten(1, (block.rows, len(block.kept))))
-        return packed
 
 
 def _select(matrices: Tensor, kept: Tensor, out: Tensor) -> None:

@@ -14,6 +14,7 @@ from . import placing, tensor_parallel
 from .gathering import Gathered, LayerDraw, Sampler, Sharded
 from .kept_all_gather import GatheredKept, reason_against
 from .kept_reduce_scatter import KeptReduceScatter
+from .scratch import Scratch
 from .units import Unit, check_group, groups_of, reshard
 
 
@@ -53,7 +54,8 @@ class Shards:
         self._shared = placing.shared_weights(model)
         names = {slot.layer: name for name, slot in self._slots.items()}
         _check_ranks({name: slot.layer for name, slot in self._slots.items()}, group)
-        self.units = [Unit(module, group, self._sharded(group, names)) for module, group in groups_of(model)]
+        scratch = Scratch()
+        self.units = [Unit(module, group, self._sharded(group, names), scratch) for module, group in groups_of(model)]
         of_fsdp = {layer.layer for unit in self.units for layer in unit.layers}
         of_tensor_parallelism = []
         for name, slot in self._slots.items():

@@ -15,20 +15,26 @@ import torch
 from torch import nn
 
 from .gathering import Gathered, Sharded
+from .scratch import Scratch
 
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 class Unit:
-    def __init__(self, module: Any, group: Any, layers: Sequence[Sharded]) -> None:
+    def __init__(self, module: Any, group: Any, layers: Sequence[Sharded], scratch: Scratch) -> None:
         self.module = module
+        self.scratch = scratch
         self.group = group  # FSDP's own: its parameters in the order of its buffers
         self.layers = layers
         self.within: Sequence[Sharded] = layers  # of a unit that is in no other: those of all units in it
         self._handles: list[Any] = []
 
     def install(self) -> None:
+        start = 0
         for layer in self.layers:
+            if isinstance(layer, Gathered):
+                layer.scratch, layer.start = self.scratch, start
+                start += layer.fsdp_param.padded_sharded_param_size.numel()
             layer.place_target()
             layer.attach()
             if isinstance(layer, Gathered):
