@@ -37,7 +37,7 @@ class KeptColumns:
     for the gradients that apply_graddrop masks outside of layers. What travels whole: with ``"weight"``, and where a
     fixed mask was given; a weight that something else than a mixed layer holds too (a tied embedding), or layers with
     different masks; in a step in which the mask was changed between two accumulated backward passes, or in which a
-    layer was in eval mode. ``print(state)`` lists them.
+    layer was in eval mode. ``print(state)`` lists them. Each DDP needs a state of its own.
 
     On a GPU the shapes must not hang on the draw: as many columns are sent as the kernels reserve for them (the mean
     and seven standard deviations), nothing is read back by the host, and only ``"neuron"`` masks of layers are packed.

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import re
-import warnings
 import weakref
 from typing import NamedTuple
 from unittest import mock
@@ -257,7 +256,6 @@ def the_same_terms_everywhere(rank):
 
 
 def every_case(rank):
-    warnings.simplefilter("error")
     found = {}
     for name, (make, options) in EQUAL.items():
         on_gpu = options.pop("on_gpu", False)
