@@ -17,11 +17,13 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 BUILT := build/.built-$(subst /,_,$(PY))
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
+EXPERIMENTS := least-squares digits stability sweep time
+
 # What is written once for all backends.
 CORE := tests --ignore=tests/triton --ignore=tests/cuda
 
 .PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune
-.PHONY: experiments bench
+.PHONY: experiments $(EXPERIMENTS:%=experiment-%) bench
 .PHONY: bench-step bench-neighbours bench-distributed picture codegen gpu mutants sanitize clean
 .DEFAULT_GOAL := help
 
@@ -88,9 +90,12 @@ docs: $(BUILT)  ## the documentation, in site/
 finetune: $(BUILT)  ## the main job: MiniLM fine-tuned with dropout and with mixout; ARGS=--help lists its options
 	$(PY) -m examples.finetune --output $(OUT)/finetune $(if $(RESTARTS),--restarts $(RESTARTS)) $(ARGS)
 
-experiments: $(BUILT)  ## of the paper: least squares and the digits (figures 5 and 2); finished runs are kept
-	$(PY) -m examples.experiments least-squares --output $(OUT)/experiments $(ARGS)
-	$(PY) -m examples.experiments digits --output $(OUT)/experiments $(ARGS)
+# One after the other: those on MiniLM share a file of finished runs.
+experiments: $(BUILT)  ## all of the paper: hours; finished runs are kept. make experiment-stability, say: one of them
+	for name in $(EXPERIMENTS); do $(MAKE) experiment-$$name || exit 1; done
+
+$(EXPERIMENTS:%=experiment-%): experiment-%: $(BUILT)
+	$(PY) -m examples.experiments $* --output $(OUT)/experiments $(ARGS)
 
 bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
 	$(PY) -m benchmarks.layers --output $(OUT)/bench $(ARGS)
