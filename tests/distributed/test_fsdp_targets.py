@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import mixout_kernels as mk
 from mixout_kernels import backends, checkpoints
 from mixout_kernels.pieces import is_distributed, local, own_piece
+from mixout_kernels.sampler.shards import gathering
 
 from ..whole_model import models
 from ..whole_model.processes import RANKS, on_each_rank
@@ -179,6 +180,46 @@ def masked(then, rank, folder):
     return trained, all(comm.sent_bytes < comm.whole_bytes for comm in comms)
 
 
+class Unused(nn.Module):
+    """One of two layers that are gathered together has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = nn.Linear(48, 8), nn.Linear(48, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def without_a_gradient(rank, folder):
+    twins = Twins(Unused, p=0.7, units=lambda model: [])
+    return twins.train(), [comm.sent_bytes == comm.whole_bytes > 0 for comm in twins.samplers[1].shards.comms]
+
+
+def of_a_fixed_number(rank, folder):
+    """As on a GPU, where some of the columns that travel are not kept."""
+    own = gathering.kept_indices
+    gathering.kept_indices = lambda draw, size, fixed_number: own(draw, size, fixed_number=True)
+    found = []
+    for options in ({}, {"sampler": {"kept_all_gather": True}}):
+        twins = Twins(functools.partial(mlp, 512, 256, 8), p=0.9, **options)
+        found.append(twins.train())
+        comms = twins.samplers[1].shards.comms
+        found.append(0.15 < sum(comm.sent_bytes for comm in comms) / sum(comm.whole_bytes for comm in comms) < 0.25)
+    gathering.kept_indices = own
+    return found
+
+
+def out_of_step(rank, folder):
+    """One rank's sampler counts a step more."""
+    twins = Twins()
+    trained = twins.train(steps=1)
+    if rank == 1:
+        twins.samplers[1].advance()
+    return trained, error_of(lambda: twins.loss(twins.sharded.train()).backward())
+
+
 def bytes_sent(rank, folder):
     """The part of the weights' gradients that is reduced, and of the weights that is gathered."""
     found = {}
@@ -219,6 +260,8 @@ ALONE = []
 CASES = {
     "with graddrop": functools.partial(masked, lambda model: mk.apply_graddrop(model, p=0.5, exclude=("bias",))),
     "without targets": functools.partial(masked, without_targets),
+    "without a gradient": without_a_gradient,
+    "fixed number": of_a_fixed_number,
     "followed": followed,
     "pulled": pulled_to_whole_targets,
     "sharded later": sharded_later,
@@ -229,6 +272,7 @@ CASES = {
     "tied": tied,
     "bytes": bytes_sent,
     "refused": refused,
+    "out of step": out_of_step,
 }
 
 
@@ -300,6 +344,20 @@ def test_targets_of_tied_weights_stay_whole(found):
 @pytest.mark.parametrize("name", ["with graddrop", "without targets"])
 def test_gradients_that_are_masked_otherwise(found, name):
     assert found(name) == [(SAME, True)] * RANKS
+
+
+def test_a_buffer_without_one_of_the_gradients_is_reduced_whole(found):
+    assert found("without a gradient") == [(SAME, [True])] * RANKS
+
+
+def test_a_fixed_number_of_columns(found):
+    assert found("fixed number") == [[SAME, True, SAME, True]] * RANKS
+
+
+def test_ranks_that_are_out_of_step(found):
+    for trained, message in found("out of step"):
+        assert trained == SAME
+        assert message.startswith("RuntimeError: MixSampler: the masks of '2': expected the same on every rank, got")
 
 
 def test_bytes(found):

@@ -11,6 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .gathering import Sharded
@@ -43,6 +44,7 @@ class KeptReduceScatter:
         self._unit = unit
         self._layers = {id(layer.fsdp_param): layer for layer in unit.layers}
         self._checked = False
+        self._reductions = 0
 
     def install(self) -> None:
         self._unit.module.set_custom_reduce_scatter(self)
@@ -56,6 +58,9 @@ class KeptReduceScatter:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         ranks = group.size()
+        self._reductions += 1
+        if self._reductions.bit_count() == 1:  # 1, 2, 4, ...: each waits for the device
+            self._compare_masks(group)
         whole = input_tensor.view(ranks, -1)
         blocks = self._blocks(ranks)
         self.whole_bytes += input_tensor.nbytes
@@ -73,6 +78,19 @@ class KeptReduceScatter:
             self.inner(reduced, packed.view(-1), group, op, False)
         _unpack(reduced, output_tensor, blocks)
         return None
+
+    def _compare_masks(self, group: Any) -> None:
+        """Ranks whose samplers count other steps would mix one weight by two masks, and add up other columns."""
+        seeds = torch.stack([layer.draw()[0].seed for layer in self._unit.layers])
+        told = [torch.empty_like(seeds) for _ in range(group.size())]
+        dist.all_gather(told, seeds, group=group)
+        others = [rank for rank, other in enumerate(told) if not torch.equal(other, told[0])]
+        if others:
+            raise RuntimeError(
+                f"MixSampler: the masks of {self._unit.layers[0].name!r}: expected the same on every rank, got others "
+                f"on ranks {others} of the group than on its first: does every rank's optimizer hold the mixed "
+                "weights, and step alike?"
+            )
 
     def _blocks(self, ranks: int) -> list[_Block]:
         blocks = []
