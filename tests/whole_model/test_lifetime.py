@@ -210,7 +210,7 @@ def test_it_says_what_it_is():
     sampler = mk.MixSampler(models.with_mixout(models.attention_net()), seed=3, every=2)
     assert repr(sampler) == (
         "MixSampler(5 layers, 3 masks, every=2, premix=None, host_targets=False, same_on_all_ranks=True, "
-        "{'seed': 3, 'step': 0})"
+        "kept_all_gather=False, {'seed': 3, 'step': 0})"
     )
 
 
