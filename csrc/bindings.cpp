@@ -6,14 +6,18 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/autograd.h"
+#include "cpu/bf16_product.h"
 #include "cpu/kernels.h"
 #include "cpu/mixout.h"
+#include "cpu/product.h"
 #include "gpu/autograd.h"
 #include "records.h"
 
 namespace py = pybind11;
 
 namespace {
+
+namespace cpu = mixout::cpu;
 
 // Read out of the file by _extension.py, which must know the version also when the library cannot be loaded.
 [[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for torch " TORCH_VERSION;
@@ -55,6 +59,17 @@ std::tuple<at::Tensor, at::Tensor> gpu_recorded_linear(
   return mixout::gpu::recorded_linear(launch, input, phi, bias, kept_input, gradient);
 }
 
+const char* bf16_unit() {
+  switch (cpu::bf16_unit()) {
+    case cpu::Bf16Unit::tiles:
+      return "tiles";
+    case cpu::Bf16Unit::dot:
+      return "dot";
+    default:
+      return "none";
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -63,6 +78,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of mixout_kernels; the Python side is mixout_kernels/backends/cpu.py.";
   module.def("build_info", &build_info, "What this extension was built for.");
   module.def("cpu_product_available", &cpu::product_available);
+  module.def("cpu_bf16_unit", &bf16_unit);
   module.def("cpu_library_uses_avx512", &cpu::library_uses_avx512);
   module.def("cpu_keep_mask", &cpu::keep_mask, release_gil);
   module.def("cpu_mixout", &cpu::mixout, release_gil);

@@ -88,17 +88,25 @@ def test_odd_sizes(any_case, dtype, mask, target, shape):
 @axes.masks
 @pytest.mark.parametrize("target", [True, torch.bfloat16, None], ids=["target", "bf16 target", "zero"])
 @axes.transposed
+@axes.wide_and_narrow
 @pytest.mark.parametrize(
-    "shape", [(13, 800, 33), (15, 193, 770), (29, 192, 768), (390, 31, 17), (1025, 96, 64)], ids=str
+    "shape",
+    [(13, 800, 33), (15, 193, 770), (29, 192, 768), (390, 31, 17), (1025, 96, 64), (3, 1700, 210)],
+    ids=str,
 )
-def test_more_than_one_block(any_case, mask, target, transposed, shape):
-    """Sizes on either side of the blocks of the CPU's fused product: 14 rows, 32 and 768 columns, a depth of 192."""
+def test_more_than_one_block(any_case, mask, target, transposed, dtype, shape):
+    """Sizes on either side of the blocks of the CPU's fused products.
+
+    In float32: 14 rows, 32 and 768 columns, a depth of 192. In bfloat16: 14, 16 or 32 rows, 16, 32 and 192 columns, a
+    depth of 2, 32 and 256.
+    """
     any_case.skip_if_emulated("too many products")
     rows, in_features, out_features = shape
     problem = budget.random_problem(
         (rows,),
         in_features,
         out_features,
+        dtype=dtype,
         device=any_case.device,
         p=0.5,
         mask=mask,
@@ -106,7 +114,7 @@ def test_more_than_one_block(any_case, mask, target, transposed, shape):
         transposed=transposed,
         integers=True,
     )
-    for schedule in any_case.schedules():
+    for schedule in any_case.schedules(dtype):
         assert_exact(problem, any_case, schedule)
 
 
@@ -125,17 +133,20 @@ def test_paper_gradient_is_the_true_one_without_the_factor(any_case):
 
 @axes.masks
 @axes.transposed
-def test_any_number_of_threads(any_case, mask, transposed):
+@axes.wide_and_narrow
+def test_any_number_of_threads(any_case, mask, transposed, dtype):
     """Blocks of work begin and end elsewhere: at the first thread's last element something would be left or doubled."""
     if any_case.device != "cpu":
         pytest.skip("threads of the CPU")
     any_case.skip_if_emulated("too many products")
-    problem = budget.random_problem((67,), 501, 203, p=0.5, mask=mask, transposed=transposed, integers=True)
+    problem = budget.random_problem(
+        (67,), 501, 203, dtype=dtype, p=0.5, mask=mask, transposed=transposed, integers=True
+    )
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            for schedule in any_case.schedules():
+            for schedule in any_case.schedules(dtype):
                 assert_exact(problem, any_case, schedule)
     finally:
         torch.set_num_threads(before)

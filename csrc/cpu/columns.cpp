@@ -46,18 +46,20 @@ Tensor gather_scaled(const Tensor& x, const Columns& columns, int64_t width, dou
   return out;
 }
 
-class KeptRows : public Rows {
+// Of a weight of type W, in T.
+template <typename W, typename T>
+class KeptRows : public Rows<T> {
  public:
   KeptRows(const Operands& operands, const Columns& columns, float factor)
       : memory_(operands.weight), transposed_(operands.layout.transposed), columns_(columns), factor_(factor) {}
 
-  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, float* out, int64_t ld) const override {
+  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, T* out, int64_t ld) const override {
     const int64_t length = memory_.size(1), *index = columns_.index.data();
-    const float* w = memory_.const_data_ptr<float>();
+    const W* w = memory_.const_data_ptr<W>();
     if (!transposed_)
       return gather_columns(w + row * length, length, out, ld, columns, index + column, columns, factor_, rows);
     for (int64_t r = 0; r < rows; ++r)
-      mix_run<float, float, float>(
+      mix_run<W, W, T>(
           w + index[row + r] * length + column, nullptr, out + r * ld, true, factor_, columns);
   }
 
@@ -98,9 +100,18 @@ Tensor gather_weight(const Operands& operands, const Columns& columns, double fa
   return out.t();
 }
 
-std::unique_ptr<Rows> gathered_rows(const Operands& operands, const Columns& columns, double factor) {
-  return std::make_unique<KeptRows>(operands, columns, static_cast<float>(factor));
+template <typename T>
+std::unique_ptr<Rows<T>> gathered_rows(const Operands& operands, const Columns& columns, double factor) {
+  if (operands.weight.scalar_type() == at::kFloat)
+    return std::make_unique<KeptRows<float, T>>(operands, columns, static_cast<float>(factor));
+  TORCH_CHECK(
+      operands.weight.scalar_type() == c10::CppTypeToScalarType<T>::value, "mixout_kernels: no CPU kernel gathers a ",
+      operands.weight.scalar_type(), " weight into ", c10::CppTypeToScalarType<T>::value);
+  return std::make_unique<KeptRows<T, T>>(operands, columns, static_cast<float>(factor));
 }
+
+template std::unique_ptr<Rows<float>> gathered_rows<float>(const Operands&, const Columns&, double);
+template std::unique_ptr<Rows<c10::BFloat16>> gathered_rows<c10::BFloat16>(const Operands&, const Columns&, double);
 
 Tensor scatter(const Tensor& kept, const Columns& columns, int64_t width) {
   const Tensor dx = at::empty({kept.size(0), width}, kept.options());

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "draw.h"
-#include "product.h"
+#include "rows.h"
 #include "weight.h"
 
 namespace mixout::cpu {
@@ -24,8 +24,9 @@ Tensor gather(const Tensor& x, const Columns& columns, int64_t width);
 // factor * w[:, kept] as [out, kept] in `dtype`, in the memory layout of w.
 Tensor gather_weight(const Operands& operands, const Columns& columns, double factor, at::ScalarType dtype);
 
-// The rows of the same in float32 as it lies in memory, read in place. `columns` must outlive it.
-std::unique_ptr<Rows> gathered_rows(const Operands& operands, const Columns& columns, double factor);
+// The rows of the same as it lies in memory, read in place; T is float or c10::BFloat16. `columns` must outlive it.
+template <typename T>
+std::unique_ptr<Rows<T>> gathered_rows(const Operands& operands, const Columns& columns, double factor);
 
 // dx [rows, width] from its kept columns, the others zero.
 Tensor scatter(const Tensor& kept, const Columns& columns, int64_t width);

@@ -101,6 +101,15 @@ class Mixer {
         factor_(factor),
         words_(draw.seed, layout) {}
 
+  void prefetch(int64_t row, int64_t rows, int64_t first, int64_t n) const {
+    constexpr int64_t kLine = 64;
+    for (int64_t r = row; r < row + rows; ++r) {
+      for (int64_t c = 0; c < n; c += kLine / sizeof(W)) __builtin_prefetch(w(r, first + c));
+      if (u_ == nullptr) continue;
+      for (int64_t c = 0; c < n; c += kLine / sizeof(U)) __builtin_prefetch(u(r, first + c));
+    }
+  }
+
   // Elements [row + r, first + c] for r < rows and c < n, into out + r * ld. Zeros that are masked in place stay as they
   // are without a word being drawn: the gradient of an embedding is zero for every token that a batch has not.
   void write(int64_t row, int64_t rows, int64_t first, int64_t n, O* out, int64_t ld) const {
@@ -215,11 +224,15 @@ void with_mixer(
 }
 
 template <typename Mixer>
-class MixedRows : public Rows {
+class MixedRows : public Rows<typename Mixer::Result> {
  public:
   MixedRows(const Tensor& w, const std::optional<Tensor>& u, const Mixer& mixer) : w_(w), u_(u), mixer_(mixer) {}
-  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, float* out, int64_t ld) const override {
+  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, typename Mixer::Result* out, int64_t ld)
+      const override {
     mixer_.write(row, rows, column, columns, out, ld);
+  }
+  void prefetch(int64_t row, int64_t rows, int64_t column, int64_t columns) const override {
+    mixer_.prefetch(row, rows, column, columns);
   }
 
  private:
@@ -243,16 +256,22 @@ void mix_into(
   });
 }
 
-std::unique_ptr<Rows> mixed_rows(
+template <typename T>
+std::unique_ptr<Rows<T>> mixed_rows(
     const Tensor& w, const std::optional<Tensor>& u, const Draw& draw, const Layout& layout) {
-  std::unique_ptr<Rows> rows;
-  with_mixer(w, u, at::kFloat, draw, layout, draw.scale(), [&](const auto& mixer) {
+  std::unique_ptr<Rows<T>> rows;
+  with_mixer(w, u, c10::CppTypeToScalarType<T>::value, draw, layout, draw.scale(), [&](const auto& mixer) {
     using Mixer = std::decay_t<decltype(mixer)>;
-    if constexpr (std::is_same_v<typename Mixer::Result, float>)
+    if constexpr (std::is_same_v<typename Mixer::Result, T>)
       rows = std::make_unique<MixedRows<Mixer>>(w, u, mixer);
   });
   return rows;
 }
+
+template std::unique_ptr<Rows<float>> mixed_rows<float>(
+    const Tensor&, const std::optional<Tensor>&, const Draw&, const Layout&);
+template std::unique_ptr<Rows<c10::BFloat16>> mixed_rows<c10::BFloat16>(
+    const Tensor&, const std::optional<Tensor>&, const Draw&, const Layout&);
 
 Tensor keep_mask(const Draw& draw, const Layout& strided) {
   const Layout layout = strided.from(draw.offset);

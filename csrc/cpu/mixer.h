@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "draw.h"
-#include "product.h"
+#include "rows.h"
 
 namespace mixout::cpu {
 
@@ -17,8 +17,9 @@ void mix_into(
     const Tensor& out, const Tensor& w, const std::optional<Tensor>& u, const Draw& draw, const Layout& layout,
     double factor);
 
-// The rows of Phi(w, u) in float32, mixed as they are read; w and u are contiguous memory.
-std::unique_ptr<Rows> mixed_rows(
+// The rows of Phi(w, u), mixed as they are read; w and u are contiguous memory, T is float or c10::BFloat16.
+template <typename T>
+std::unique_ptr<Rows<T>> mixed_rows(
     const Tensor& w, const std::optional<Tensor>& u, const Draw& draw, const Layout& layout);
 
 }  // namespace mixout::cpu

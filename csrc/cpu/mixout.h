@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "draw.h"
-#include "product.h"
 
 namespace mixout::cpu {
 

@@ -9,10 +9,7 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define MIXOUT_AVX512 __attribute__((target("avx512f")))
-#endif
+#include "blocks.h"
 
 namespace mixout::cpu {
 
@@ -40,29 +37,10 @@ struct alignas(64) Scratch {
   float right[kDepth * kColumns];
 };
 
-struct Block {
-  int64_t first, size;
-};
-
-// The part of [0, n) of number `part` of `parts`, in whole multiples of `unit`.
-Block part_of(int64_t n, int64_t part, int64_t parts, int64_t unit) {
-  const int64_t units = (n + unit - 1) / unit;
-  const int64_t first = std::min(n, units * part / parts * unit), end = std::min(n, units * (part + 1) / parts * unit);
-  return {first, end - first};
-}
-
-// The most units in one of these parts.
-int64_t tiles_of(int64_t n, int64_t parts, int64_t unit) {
-  const int64_t units = (n + unit - 1) / unit;
-  return (units + parts - 1) / parts;
-}
-
-MIXOUT_AVX512 __mmask16 lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-
 // c [kRows, n <= 32] = a b over `depth`, plus c itself, or else `bias` if there is one.
 template <int kRows>
 MIXOUT_AVX512 void tile(
-    int64_t depth, const Strided& a, const float* b, int64_t ldb, const float* bias, bool accumulate, float* c,
+    int64_t depth, const Strided<float>& a, const float* b, int64_t ldb, const float* bias, bool accumulate, float* c,
     int64_t ldc, int64_t n) {
   const __mmask16 low = lanes(n), high = lanes(n - 16);
   __m512 sum[kRows][2];
@@ -97,36 +75,12 @@ MIXOUT_AVX512 void tile(
   }
 }
 
-using Tile = void (*)(int64_t, const Strided&, const float*, int64_t, const float*, bool, float*, int64_t, int64_t);
+using Tile = void (*)(int64_t, const Strided<float>&, const float*, int64_t, const float*, bool, float*, int64_t, int64_t);
 constexpr Tile kTiles[] = {tile<1>, tile<2>, tile<3>,  tile<4>,  tile<5>,  tile<6>,  tile<7>,
                            tile<8>, tile<9>, tile<10>, tile<11>, tile<12>, tile<13>, tile<14>};
 
-// to[c, r] = from[r, c] for r, c < 16: in round s, lanes whose number has bit s change places with the row's partner.
-MIXOUT_AVX512 void transpose_16x16(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
-  __m512 row[16], turned[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) row[r] = _mm512_loadu_ps(from + r * ld_from);
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-  for (int bit = 1; bit < 16; bit *= 2) {
-    const __mmask16 set = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(bit));
-    // Lane j of a row, and lane j -+ bit of its partner (numbers from 16 on are the second operand's).
-    const __m512i first = _mm512_mask_add_epi32(lane, set, lane, _mm512_set1_epi32(16 - bit));
-    const __m512i second = _mm512_mask_add_epi32(
-        _mm512_add_epi32(lane, _mm512_set1_epi32(bit)), set, lane, _mm512_set1_epi32(16));
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r)
-      turned[r] = r & bit ? _mm512_permutex2var_ps(row[r - bit], second, row[r])
-                          : _mm512_permutex2var_ps(row[r], first, row[r + bit]);
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) row[r] = turned[r];
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) _mm512_storeu_ps(to + r * ld_to, row[r]);
-}
-
 // Rows `rows` of a, over `depth`. Copied too: rows that lie apart by a power of two would evict one another from L1.
-MIXOUT_AVX512 Strided packed_left(const Strided& a, const Block& rows, const Block& depth, Scratch& scratch) {
+MIXOUT_AVX512 Strided<float> packed_left(const Strided<float>& a, const Block& rows, const Block& depth, Scratch& scratch) {
   const float* from = a.data + rows.first * a.row + depth.first * a.column;
   if (a.column == 1) {
     for (int64_t r = 0; r < rows.size; ++r)
@@ -146,7 +100,7 @@ struct Panels {
   int64_t row;   // from row to row of a panel
 };
 
-Panels packed_right(const RightHand& b, const Block& depth, const Block& columns, Scratch& scratch) {
+Panels packed_right(const RightHand<float>& b, const Block& depth, const Block& columns, Scratch& scratch) {
   if (!b.transposed) {
     b.rows.write(depth.first, depth.size, columns.first, columns.size, scratch.right, kColumns);
     return {scratch.right, kTileColumns, kColumns};
@@ -165,7 +119,7 @@ Panels packed_right(const RightHand& b, const Block& depth, const Block& columns
 
 // Rows `rows` and columns `columns` of c, by one thread.
 void multiply_part(
-    const Block& rows, const Block& columns, int64_t n, int64_t depth, const Strided& a, const RightHand& b,
+    const Block& rows, const Block& columns, int64_t n, int64_t depth, const Strided<float>& a, const RightHand<float>& b,
     const float* bias, float* c) {
   thread_local const auto scratch = std::make_unique<Scratch>();
   const int64_t column_blocks = (columns.size + kColumns - 1) / kColumns;
@@ -178,7 +132,7 @@ void multiply_part(
       const Panels right = packed_right(b, deep, wide, *scratch);
       for (int64_t r = 0; r < rows.size; r += kTileRows) {
         const Block tall{rows.first + r, std::min(kTileRows, rows.size - r)};
-        const Strided left = packed_left(a, tall, deep, *scratch);
+        const Strided<float> left = packed_left(a, tall, deep, *scratch);
         for (int64_t q = 0; q < wide.size; q += kTileColumns)
           kTiles[tall.size - 1](
               deep.size, left, right.data + q / kTileColumns * right.next, right.row,
@@ -198,7 +152,7 @@ bool product_available() {
 bool library_uses_avx512() { return product_available() && at::hasMKL() && __builtin_cpu_is("intel"); }
 
 void multiply(
-    int64_t m, int64_t n, int64_t depth, const Strided& a, const RightHand& b, const float* bias, float* c) {
+    int64_t m, int64_t n, int64_t depth, const Strided<float>& a, const RightHand<float>& b, const float* bias, float* c) {
   const int64_t threads = std::clamp<int64_t>(m * n * depth / kGrain, 1, at::get_num_threads());
   // Threads share b by columns, and by rows of c what is left of them; each packs the columns that it multiplies.
   int64_t across = 1, least = INT64_MAX;
@@ -223,7 +177,7 @@ bool product_available() { return false; }
 
 bool library_uses_avx512() { return false; }
 
-void multiply(int64_t, int64_t, int64_t, const Strided&, const RightHand&, const float*, float*) {
+void multiply(int64_t, int64_t, int64_t, const Strided<float>&, const RightHand<float>&, const float*, float*) {
   TORCH_CHECK(false, "mixout_kernels: the fused product of the CPU backend is written for x86-64");
 }
 

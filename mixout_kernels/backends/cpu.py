@@ -1,11 +1,17 @@
 """C++ kernels for CPU tensors (csrc/cpu).
 
-``schedule="fused"`` mixes inside the GEMM: float32, on CPUs with AVX-512. "staged" mixes in one vectorised pass and
-leaves the GEMM to the library behind ``F.linear``. What "auto" takes is measured (docs/performance.md):
+``schedule="fused"`` mixes inside the GEMM: float32 on CPUs with AVX-512, bfloat16 on those with AVX512_BF16 or AMX.
+"staged" mixes in one vectorised pass and leaves the GEMM to the library behind ``F.linear``. What "auto" takes is
+measured (docs/performance.md):
 
-    the library does not use AVX-512 (MKL on AMD's CPUs)   fused: its GEMM is twice as fast
-    it does (MKL on Intel's CPUs)                          fused below 256 rows, where mixing costs as much as the GEMM;
-                                                           staged from there on, and where nothing is to be mixed
+    float32   the library does not use AVX-512 (MKL on AMD's CPUs)   fused: its GEMM is twice as fast
+              it does (MKL on Intel's CPUs)                          fused below 256 rows, where mixing costs as much
+                                                                     as the GEMM; staged from there on, and where
+                                                                     nothing is to be mixed
+    bfloat16  AVX512_BF16 (vdpbf16ps)                                fused
+              AMX                                                    fused below 2048 rows
+
+``ONEDNN_MAX_CPU_ISA``, which holds the library to older instructions, holds the bfloat16 GEMM to the same.
 """
 
 from __future__ import annotations
@@ -23,8 +29,10 @@ from .contract import MixedWeight, WeightGradient
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
 _HAS_PRODUCT = _C is not None and _C.cpu_product_available()
+_BF16_UNIT = "none" if _C is None else _C.cpu_bf16_unit()  # or "dot" (vdpbf16ps), or "tiles" (AMX)
 _LIBRARY_USES_AVX512 = _C is not None and _C.cpu_library_uses_avx512()
 _STAGED_FROM_ROWS = 256
+_STAGED_FROM_ROWS_WITH_AMX = 2048
 
 
 def unavailable_reason() -> str | None:
@@ -44,11 +52,15 @@ def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, co
 
 
 def schedules(compute: torch.dtype) -> tuple[str, ...]:
-    return ("fused", "staged") if compute == torch.float32 and _HAS_PRODUCT else ("staged",)
+    fused = _HAS_PRODUCT if compute == torch.float32 else compute == torch.bfloat16 and _BF16_UNIT != "none"
+    return ("fused", "staged") if fused else ("staged",)
 
 
 def premixing_pays(compute: torch.dtype) -> bool:
-    return "fused" not in schedules(compute) or _LIBRARY_USES_AVX512
+    # Where multiplying takes longer than reading w and u, the fused GEMM mixes at next to no cost.
+    return "fused" not in schedules(compute) or (
+        _BF16_UNIT == "tiles" if compute == torch.bfloat16 else _LIBRARY_USES_AVX512
+    )
 
 
 def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
@@ -100,6 +112,8 @@ def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
     """Whether to fuse, for the input or the gradient ``left`` ``[..., features]``: both have the same rows."""
     if schedule != "auto":
         return schedule == "fused"
-    if left.dtype != torch.float32 or not _HAS_PRODUCT:
+    if "fused" not in schedules(left.dtype):
         return False
+    if left.dtype == torch.bfloat16:
+        return _BF16_UNIT == "dot" or left.numel() < _STAGED_FROM_ROWS_WITH_AMX * left.shape[-1]
     return not _LIBRARY_USES_AVX512 or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])

@@ -1,0 +1,157 @@
+#include "fused.h"
+
+#include <algorithm>
+#include <memory>
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "bf16_product.h"
+#include "mixer.h"
+#include "product.h"
+#include "sums.h"
+#include "weight.h"
+
+namespace mixout::cpu {
+
+namespace {
+
+using c10::BFloat16;
+
+// A matrix whose rows or columns are contiguous; `transposed` if it is the columns.
+template <typename T>
+struct RightRows {
+  std::unique_ptr<Rows<T>> rows;
+  bool transposed;
+};
+
+template <typename T>
+class DenseRows : public Rows<T> {
+ public:
+  explicit DenseRows(const Tensor& matrix) : matrix_(matrix) {}
+  Strided<T> in_place() const override { return {matrix_.const_data_ptr<T>(), matrix_.stride(0), 1}; }
+  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, T* out, int64_t ld) const override {
+    const int64_t stride = matrix_.stride(0);
+    const T* from = matrix_.const_data_ptr<T>() + row * stride + column;
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * stride, columns, out + r * ld);
+  }
+
+ private:
+  Tensor matrix_;
+};
+
+template <typename T>
+RightRows<T> dense_rows(const Tensor& matrix) {
+  if (matrix.stride(1) == 1) return {std::make_unique<DenseRows<T>>(matrix), false};
+  if (matrix.stride(0) == 1) return {std::make_unique<DenseRows<T>>(matrix.t()), true};
+  return {std::make_unique<DenseRows<T>>(matrix.contiguous()), false};
+}
+
+// The rows of Phi [out, in] or [out, kept], made as they are read.
+template <typename T>
+RightRows<T> rows_of_phi(const MixedWeight& phi, const std::optional<Columns>& only) {
+  if (phi.operand) return dense_rows<T>(*phi.operand);
+  const Operands operands(phi.weight, phi.target);
+  const auto& layout = operands.layout;
+  return {
+      only ? gathered_rows<T>(operands, *only, phi.draw.scale())
+           : mixed_rows<T>(operands.weight, operands.target, phi.draw, layout.of(phi.draw)),
+      layout.transposed};
+}
+
+template <typename T>
+Strided<T> rows_as_left(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), 1};
+}
+
+// The transpose of x.
+template <typename T>
+Strided<T> columns_as_left(const Tensor& x) {
+  return {x.const_data_ptr<T>(), 1, x.stride(0)};
+}
+
+// a [m, depth] b [depth, n] + bias into c [m, n], contiguous.
+void multiply_into(
+    const Tensor& c, const Strided<float>& a, const RightHand<float>& b, int64_t depth,
+    const std::optional<Tensor>& bias = std::nullopt) {
+  const Tensor added = bias ? bias->contiguous() : Tensor();
+  multiply(
+      c.size(0), c.size(1), depth, a, b, bias ? added.const_data_ptr<float>() : nullptr, c.mutable_data_ptr<float>());
+}
+
+void multiply_into(
+    const Tensor& c, const Strided<BFloat16>& a, const RightHand<BFloat16>& b, int64_t depth,
+    const std::optional<Tensor>& bias = std::nullopt) {
+  if (c.scalar_type() == at::kFloat) return multiply(c.size(0), c.size(1), depth, a, b, DenseSums<float>(c, bias));
+  multiply(c.size(0), c.size(1), depth, a, b, DenseSums<BFloat16>(c, bias));
+}
+
+// Calls f with a value of the type that is multiplied.
+template <typename F>
+auto with_type(const Tensor& left, const F& f) {
+  return left.scalar_type() == at::kBFloat16 ? f(BFloat16()) : f(float());
+}
+
+}  // namespace
+
+Tensor fused_forward(
+    const Tensor& x, const MixedWeight& phi, const std::optional<Columns>& only, const std::optional<Tensor>& bias,
+    at::ScalarType result) {
+  const Tensor y = at::empty({x.size(0), phi.weight.size(0)}, x.options().dtype(result));
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const auto [rows, transposed] = rows_of_phi<T>(phi, only);
+    multiply_into(y, rows_as_left<T>(x), {*rows, !transposed}, x.size(1), bias);
+  });
+  return y;
+}
+
+Tensor fused_input_gradient(
+    const Tensor& g, const MixedWeight& phi, const std::optional<Columns>& only, at::ScalarType result) {
+  const int64_t columns = only ? only->kept : phi.weight.size(1);
+  const Tensor dx = at::empty({g.size(0), columns}, g.options().dtype(result));
+  with_type(g, [&](auto zero) {
+    using T = decltype(zero);
+    const auto [rows, transposed] = rows_of_phi<T>(phi, only);
+    multiply_into(dx, rows_as_left<T>(g), {*rows, transposed}, g.size(1));
+  });
+  return dx;
+}
+
+Tensor fused_kept_gradient(
+    const Tensor& g, const Tensor& kept_input, const Columns& columns, const Tensor& weight, double scale) {
+  const int64_t kept = kept_input.size(1);
+  if (g.scalar_type() == at::kFloat) {
+    // [kept, out]: the long side is contiguous, here too.
+    const Tensor compact = at::empty({kept, g.size(1)}, g.options());
+    multiply_into(compact, columns_as_left<float>(kept_input), {DenseRows<float>(g), false}, g.size(0));
+    return scatter_weight(compact, columns, weight, scale);
+  }
+  const WeightLayout layout(weight);
+  const Tensor memory = layout.empty(weight, weight.scalar_type());
+  if (kept == 0) return layout.logical(memory.zero_());
+  const Tensor &left = layout.transposed ? kept_input : g, &right = layout.transposed ? g : kept_input;
+  const auto multiply_to = [&](const Sums& sums) {
+    multiply(
+        left.size(1), right.size(1), g.size(0), columns_as_left<BFloat16>(left), {DenseRows<BFloat16>(right), false},
+        sums);
+  };
+  if (weight.scalar_type() == at::kFloat)
+    multiply_to(KeptSums<float>(memory, layout, columns, kept, scale));
+  else
+    multiply_to(KeptSums<BFloat16>(memory, layout, columns, kept, scale));
+  return layout.logical(memory);
+}
+
+Tensor fused_dense_gradient(const Tensor& g, const Tensor& x, const Tensor& weight) {
+  const WeightLayout layout(weight);
+  const Tensor &left = layout.transposed ? x : g, &right = layout.transposed ? g : x;
+  const Tensor memory = layout.empty(weight, weight.scalar_type());
+  with_type(g, [&](auto zero) {
+    using T = decltype(zero);
+    multiply_into(memory, columns_as_left<T>(left), {DenseRows<T>(right), false}, g.size(0));
+  });
+  return memory;
+}
+
+}  // namespace mixout::cpu
