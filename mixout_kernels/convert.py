@@ -142,6 +142,12 @@ def apply_mixout(
     report.skipped |= _other_parameters(model)
     if disable_dropout:
         report.dropout, report.dropout_left = dropout_rates.disable(model, report.mixed)
+        if report.dropout and _attends_by_sdpa_on_cpu(model):
+            report.slow[""] = (
+                "without dropout torch's sdpa takes its flash kernel, which is slow on a CPU in bfloat16 with short "
+                "sequences: load the model with attn_implementation='eager' there, or train within "
+                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
     return report
 
 
@@ -168,6 +174,12 @@ def remove_mixout(model: nn.Module) -> None:
         else:
             to_plain(layer)
     dropout_rates.restore(model)
+
+
+def _attends_by_sdpa_on_cpu(model: nn.Module) -> bool:
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    config = getattr(model, "config", None)  # of transformers
+    return on_cpu and getattr(config, "_attn_implementation", None) == "sdpa"
 
 
 def _check_model(function: str, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from .modules import MixedLayer
 class Row(NamedTuple):
     """What happened to one module or Parameter."""
 
-    what: Literal["mixed", "skipped", "dropout", "goes on"]
+    what: Literal["mixed", "skipped", "dropout", "goes on", "slow"]
     name: str
     detail: str
     p: float | None = None  # of a mixed layer
@@ -35,6 +35,7 @@ class Report:
         dropout_left: name of each module whose dropout goes on, and why.
         rates: name of each mixed layer, and its p.
         target_bytes: of all targets together.
+        slow: name of each module ("" for the model) that may now run slowly, why, and the remedy.
     """
 
     p: float | Mapping[str, float]
@@ -45,6 +46,7 @@ class Report:
     dropout_left: dict[str, str] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     target_bytes: int = 0
+    slow: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """One row for each module or Parameter, in the order of the table."""
@@ -53,6 +55,7 @@ class Report:
             *(Row("skipped", name, reason) for name, reason in self.skipped.items()),
             *(Row("dropout", name, rates) for name, rates in self.dropout.items()),
             *(Row("goes on", name, why) for name, why in self.dropout_left.items()),
+            *(Row("slow", name, why) for name, why in self.slow.items()),
         ]
 
     def check(self, model: nn.Module) -> None:

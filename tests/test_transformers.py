@@ -165,3 +165,16 @@ def test_a_resumed_run_takes_its_targets_from_the_pretrained_checkpoint(model, t
         match=r"nothing to mix.*targets has no entry for it, but 1 others such as 'other'",
     ):
         mk.apply_mixout(model, p=0.7, targets={"other": torch.zeros(1)})
+
+
+def test_the_report_warns_of_sdpa_without_dropout():
+    """It takes a flash kernel then, which is slow in bfloat16 on a CPU; while attention has dropout it does not."""
+    for attention, options, warned in [
+        ("sdpa", {}, True),
+        ("eager", {}, False),
+        ("sdpa", {"disable_dropout": False}, False),
+    ]:
+        config = transformers.BertConfig(**SMALL, max_position_embeddings=16, attn_implementation=attention)
+        report = mk.apply_mixout(transformers.BertModel(config), p=0.5, exclude=(), **options)
+        assert [row.name for row in report.rows() if row.what == "slow"] == [""] * warned
+        assert ("attn_implementation='eager'" in str(report)) == warned
