@@ -129,7 +129,7 @@ class GradientMasks:
         model.__dict__[_ATTRIBUTE] = self
         self._before_forward = model.register_forward_pre_hook(self._check)
         prepare()
-        self._attach()
+        self._attach(model)
 
     def take_out_of(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -192,9 +192,9 @@ class GradientMasks:
                 "apply_graddrop: mask: expected a MixSampler of the model in training with 'layer', got none: layer "
                 "masks are drawn once a step; make one with MixSampler(model)"
             )
-        self._attach()
+        self._attach(model)
 
-    def _attach(self) -> None:
+    def _attach(self, model: nn.Module) -> None:
         """Hooks are on tensors, which a copy of the model, or a load that assigns, replaces."""
         for place, hook in self.hooks.items():
             parameter = place.parameter
@@ -203,6 +203,12 @@ class GradientMasks:
                 continue
             if known is not None:
                 known[1].remove()
+            if any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__):
+                raise RuntimeError(
+                    f"apply_graddrop: model: expected one without FSDP2 where a hook masks a gradient, as that of "
+                    f"{place.attribute!r} of a {type(place.module).__name__}: FSDP2 calls no hooks of Parameters; mask "
+                    "the weights of linear layers alone (include=, exclude=)"
+                )
             if parameter.requires_grad:
                 self._handles[place] = parameter, parameter.register_hook(_InTraining(place.module, hook))
 

@@ -253,6 +253,10 @@ def refused(rank, folder):
     found["no sampler"] = error_of(lambda: sharded(torch.ones(2, 48)))
     found["own masks, sharded"] = error_of(lambda: mk.MixSampler(sharded, same_on_all_ranks=False))
     found["no slot"] = all(layer.slot is None for layer in layers(sharded))
+    hooked = models.mlp()
+    mk.apply_graddrop(hooked, p=0.5)  # biases too
+    fully_shard(hooked)
+    found["hooks"] = error_of(lambda: hooked(torch.ones(2, 48)))
     return found
 
 
@@ -378,6 +382,7 @@ def test_refusals(found):
             "layers": "ValueError: MixSampler: model: expected '2' with the same settings on every rank, got",
             "group": "ValueError: MixSampler: process_group: expected all ranks that the weight of '0' is sharded over",
             "no sampler": "RuntimeError: MixLinear: a layer whose weight or target is a DTensor needs a MixSampler",
+            "hooks": "RuntimeError: apply_graddrop: model: expected one without FSDP2 where a hook masks a gradient",
             "own masks, sharded": "ValueError: MixSampler: model: expected whole targets, and no tensor parallelism",
         }
         for name, message in expected.items():
