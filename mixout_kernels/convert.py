@@ -220,6 +220,11 @@ def _check_weight(name: str, weight: Tensor) -> None:
             f"apply_mixout: model: expected weights that are Parameters, got a {type(weight).__name__} in {name!r}; "
             "call apply_mixout before the model is sharded or its weights are replaced"
         )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"apply_mixout: model: expected weights of two dimensions, got {list(weight.shape)} in {name!r}: gather "
+            "first what is partitioned already (deepspeed.zero.Init)"
+        )
 
 
 def _nothing_to_mix(selection: Selection) -> str:

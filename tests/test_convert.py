@@ -308,3 +308,11 @@ def test_a_model_from_the_meta_device_needs_other_targets():
         model(torch.ones(1, 4, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"^MixSampler: model: expected the target of '0' in memory on every rank"):
         mk.MixSampler(model)
+
+
+def test_a_weight_that_is_partitioned_already_is_refused():
+    model = nn.Sequential(nn.Linear(6, 4))
+    model[0].weight.data = torch.empty(0)  # what deepspeed.zero.Init leaves on a rank
+    with pytest.raises(ValueError, match=r"^apply_mixout: model: expected weights of two dimensions, got \[0\] in '0'"):
+        mk.apply_mixout(model, p=0.5, exclude=())
+    assert type(model[0]) is nn.Linear
