@@ -119,9 +119,9 @@ def draw(results: Results, path: Path) -> None:
     figure = Figure(figsize=(6, 3.8), layout="constrained", dpi=130)
     panel = figure.subplots()
     for name, colour, runs in zip(NAMES, (BLUES[0], GREY), (results.mixout, results.dropout), strict=True):
-        values = {p: [100 * accuracy_of(run) for run in of] for p, of in runs.items() if len(of) > 1}
+        values = {p: [100 * accuracy_of(run) for run in of] for p, of in runs.items() if of}
         means = np.array([statistics.fmean(of) for of in values.values()])
-        deviations = np.array([statistics.stdev(of) for of in values.values()])
+        deviations = np.array([statistics.stdev(of) if len(of) > 1 else 0.0 for of in values.values()])
         panel.plot(list(values), means, marker="o", markersize=3, color=colour, label=name)
         panel.fill_between(list(values), means - deviations, means + deviations, color=colour, alpha=0.2, linewidth=0)
     panel.set_xlabel("p")
