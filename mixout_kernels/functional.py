@@ -85,7 +85,7 @@ def mix_linear(
     checks.mixout("mix_linear", weight, target, p, mask, grad_p, rescale)
     checks.choice("mix_linear", "backend", backend, backends.BACKENDS)
     checks.choice("mix_linear", "schedule", schedule, backends.SCHEDULES)
-    checks.linear("mix_linear", input, weight, bias, _autocast_enabled)
+    checks.linear("mix_linear", input, weight, bias, autocast_enabled)
     if not training or (p == 0 and grad_p == 0):
         return F.linear(input, weight, bias)
 
@@ -131,7 +131,7 @@ def sampled_linear(
 
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes: autocast's where autocast would cast this input, or the input's."""
-    if _autocast_enabled(input) and input.dtype != torch.float64:
+    if autocast_enabled(input) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
@@ -140,7 +140,7 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 _HAS_AUTOCAST = {device: torch.amp.is_autocast_available(device) for device in ("cpu", "cuda", "xpu", "mps")}
 
 
-def _autocast_enabled(input: Tensor) -> bool:
+def autocast_enabled(input: Tensor) -> bool:
     device = input.device.type
     return _HAS_AUTOCAST.get(device, False) and torch.is_autocast_enabled(device)
 

@@ -243,3 +243,25 @@ def test_p_0_under_a_sampler_is_the_plain_layer():
     model, x = models.with_mixout(models.mlp(), p=0.0), models.random_input()
     mk.MixSampler(model)
     assert torch.equal(model(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("premix", [True, False], ids=["premix", ""])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.ones(2, 7), ValueError, r"input: expected \[..., 8\] for a weight \[4, 8\], got \[2, 7\]"),
+        (torch.ones(()), ValueError, r"input: expected \[..., 8\] for a weight \[4, 8\], got \[\]"),
+        (torch.ones(2, 8).double(), TypeError, r"input: expected the weight's dtype torch.float32, got torch.float64"),
+        (torch.ones(2, 8).bfloat16(), TypeError, r"input: expected the weight's dtype torch.float32, got torch.bfloat"),
+        (torch.ones(2, 8).long(), TypeError, r"input: expected a floating-point tensor, got torch.int64"),
+        (torch.ones(2, 8).to_sparse(), TypeError, r"input: expected a dense tensor, got one with layout torch.sparse"),
+    ],
+    ids=["features", "scalar", "float64", "bfloat16", "int64", "sparse"],
+)
+def test_an_input_that_does_not_fit_is_an_error(x, error, message, premix):
+    """As without a sampler, and as F.linear: in another dtype the layer would compute something else."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    mk.apply_mixout(model, p=0.5, exclude=())
+    mk.MixSampler(model, premix=premix)
+    with pytest.raises(error, match=f"^MixLinear: {message}"):
+        model(x)
