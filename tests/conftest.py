@@ -18,6 +18,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -194,3 +195,11 @@ def compile_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Call
         )
 
     return build
+
+
+def make_targets() -> set[str]:
+    """Of the Makefile, as make itself has read it."""
+    database = subprocess.run(
+        ["make", "--question", "--print-data-base", "--no-builtin-rules"], cwd=ROOT, capture_output=True, text=True
+    )
+    return set(re.findall(r"^([a-z-]+):(?!=)", database.stdout, re.MULTILINE))
