@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -361,20 +360,6 @@ def test_without_rich(monkeypatch):
     mk.fisher(model, [batch])
     with pytest.raises(ModuleNotFoundError, match=r"fisher: progress: expected the package rich; pip install rich"):
         mk.fisher(model, [batch], progress=True)
-
-
-def test_sums_over_ranks(monkeypatch):
-    """Two ranks, of which this process is both: what all_reduce adds is the other one's share."""
-    model, whole = spread(bert()), padded_batch(6)
-    halves = [{k: v[start : start + 3] for k, v in whole.items()} for start in (0, 3)]
-    other = mk.fisher(model, [halves[1]])
-    shares = iter([torch.tensor(3), *(tensor * 3 for tensor in other.values())])
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(next(shares)))
-    found = mk.fisher(model, [halves[0]])
-    monkeypatch.undo()
-    for name, tensor in mk.fisher(model, [whole]).items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-14)
 
 
 def _mean_loss(model, batch):
