@@ -83,8 +83,8 @@ def recorded_linear(
         return None
     weight, target, operand, _ = phi
     fused = operand is None and gpu_linear.is_fused(primitives, input, weight, target, schedule)
-    if gradient.width is None:  # in emulation
-        gradient = gradient._replace(width=gpu_linear.saved_width(primitives, weight, gradient))
+    if gradient.width is None:  # in emulation; 0 would say that nothing is to be kept, not that the mask kept nothing
+        gradient = gradient._replace(width=max(1, gpu_linear.saved_width(primitives, weight, gradient)))
     launchers, stream = primitives.launchers_and_stream(input.device)
     return _C.gpu_recorded_linear(input, phi, bias, kept_input, gradient, fused, launchers, stream)
 
