@@ -58,11 +58,12 @@ class Drawn:
     seed: SeedOn = fresh_seed
 
     def __call__(self, gradient: Tensor, in_place: bool) -> Tensor:
-        seed, shape = self.seed(gradient.device), gradient.shape
+        shape = gradient.shape
         if in_place and self.rescale and self.p < 1 and 1 <= gradient.dim() <= 2:
-            strides = (0, 0, *strides_of(self.mask, shape, self.axis))[-2:]
-            mask_in_place(gradient.view(-1, *shape[-1:]), Draw(seed, self.p, strides))
+            draw = self.draw(gradient)
+            mask_in_place(gradient.view(-1, *shape[-1:]), draw._replace(strides=(0, *draw.strides)[-2:]))
             return gradient
+        seed = self.seed(gradient.device)
         if self.rescale or self.p == 1:
             return mixout(gradient, None, p=self.p, mask=self.mask, axis=self.axis, seed=seed)
         keep = keep_mask(seed, p=self.p, shape=shape, mask=self.mask, axis=self.axis)
@@ -196,25 +197,32 @@ class GradientMasks:
 
     def _attach(self, model: nn.Module) -> None:
         """Hooks are on tensors, which a copy of the model, or a load that assigns, replaces."""
-        for place, hook in self.hooks.items():
-            parameter = place.parameter
-            known = self._handles.get(place)
-            if parameter is None or (known is not None and known[0] is parameter):
-                continue
-            if known is not None:
-                known[1].remove()
-            if any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__):
-                raise RuntimeError(
-                    f"apply_graddrop: model: expected one without FSDP2 where a hook masks a gradient, as that of "
-                    f"{place.attribute!r} of a {type(place.module).__name__}: FSDP2 calls no hooks of Parameters; mask "
-                    "the weights of linear layers alone (include=, exclude=)"
-                )
+        replaced: dict[Place, nn.Parameter] = {}
+        for place in self.hooks:
+            parameter, known = place.parameter, self._handles.get(place)
+            if parameter is not None and (known is None or known[0] is not parameter):
+                replaced[place] = parameter
+        if replaced:
+            _refuse_fsdp2(model, next(iter(replaced)))
+        for place, parameter in replaced.items():
+            if place in self._handles:
+                self._handles[place][1].remove()
             if parameter.requires_grad:
-                self._handles[place] = parameter, parameter.register_hook(_InTraining(place.module, hook))
+                hook = _InTraining(place.module, self.hooks[place])
+                self._handles[place] = parameter, parameter.register_hook(hook)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has Parameters of its own, and no sampler.
         return self.__dict__ | {"sampler": None, "_seeds": None, "_numbers": {}, "_handles": {}}
+
+
+def _refuse_fsdp2(model: nn.Module, place: Place) -> None:
+    if any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__):
+        raise RuntimeError(
+            f"apply_graddrop: model: expected one without FSDP2 where a hook masks a gradient, as that of "
+            f"{place.attribute!r} of a {type(place.module).__name__}: FSDP2 calls no hooks of Parameters; mask the "
+            "weights of linear layers alone (include=, exclude=)"
+        )
 
 
 class _InTraining(NamedTuple):
