@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import mixout_kernels as mk
@@ -148,3 +150,24 @@ def error_of(function: Callable[[], Any]) -> str | None:
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def save(twins: Twins, folder: str) -> None:
+    """The sharded one's model, optimizer and sampler, by torch.distributed.checkpoint."""
+    model, optimizer = get_state_dict(twins.sharded, twins.optimizers[1])
+    dcp.save({"model": model, "optimizer": optimizer, "sampler": twins.samplers[1].state_dict()}, checkpoint_id=folder)
+
+
+def resumed_from(folder: str, saved: Twins) -> Twins:
+    """A fresh sharded attention net that has loaded what was saved, beside the twin that was never interrupted."""
+    resumed = Twins(models.attention_net, p=0.7)
+    resumed.optimize(torch.optim.AdamW)
+    model, optimizer = get_state_dict(resumed.sharded, resumed.optimizers[1])
+    state = {"model": model, "optimizer": optimizer, "sampler": {"seed": 99, "step": 0}}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        resumed.sharded, resumed.optimizers[1], model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    resumed.samplers[1].load_state_dict(state["sampler"])
+    resumed.alone, resumed.optimizers[0] = saved.alone, saved.optimizers[0]
+    return resumed

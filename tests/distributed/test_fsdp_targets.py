@@ -6,10 +6,9 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import mixout_kernels as mk
@@ -19,7 +18,7 @@ from mixout_kernels.sampler.shards import gathering
 
 from ..whole_model import models
 from ..whole_model.processes import RANKS, on_each_rank
-from .sharded import Twins, all_of, error_of, full, layers, mlp
+from .sharded import Twins, all_of, error_of, full, layers, mlp, resumed_from, save
 
 SAME = {"losses": True, "gradients": True}
 UNEVEN = functools.partial(mlp, 48, 41, 9)
@@ -130,19 +129,11 @@ def saved_and_resumed(rank, folder):
     twins.optimize(torch.optim.AdamW)
     twins.train(steps=2)
     names = list(twins.sharded.state_dict()) == list(models.attention_net().state_dict())
-    model, optimizer = get_state_dict(twins.sharded, twins.optimizers[1])
+    model, _ = get_state_dict(twins.sharded, twins.optimizers[1])
     torch.save(model, file := io.BytesIO())
-    dcp.save({"model": model, "optimizer": optimizer, "sampler": twins.samplers[1].state_dict()}, checkpoint_id=folder)
-    resumed = Twins(models.attention_net, p=0.7)
-    resumed.optimize(torch.optim.AdamW)
-    model, optimizer = get_state_dict(resumed.sharded, resumed.optimizers[1])
-    state = {"model": model, "optimizer": optimizer, "sampler": {"seed": 99, "step": 0}}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        resumed.sharded, resumed.optimizers[1], model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    resumed.samplers[1].load_state_dict(state["sampler"])
-    resumed.alone, resumed.optimizers[0] = twins.alone, twins.optimizers[0]
+    save(twins, folder)
+    resumed = resumed_from(folder, twins)
+    model, _ = get_state_dict(resumed.sharded, resumed.optimizers[1])
     loads = torch.load(io.BytesIO(file.getvalue()), weights_only=True).keys() == model.keys()
     return names, loads, resumed.train(steps=2)
 

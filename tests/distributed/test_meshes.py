@@ -5,9 +5,7 @@ import functools
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -19,7 +17,7 @@ from mixout_kernels.pieces import local
 
 from ..whole_model import models
 from ..whole_model.processes import on_each_rank
-from .sharded import Twins, error_of, full, layers, mlp
+from .sharded import Twins, error_of, full, layers, mlp, resumed_from, save
 
 SAME = {"losses": True, "gradients": True}
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -43,19 +41,8 @@ def resumed_over_more_ranks(rank, folder):
     saved = Twins(models.attention_net, p=0.7, mesh=mesh)
     saved.optimize(torch.optim.AdamW)
     saved.train(steps=2)
-    model, optimizer = get_state_dict(saved.sharded, saved.optimizers[1])
-    dcp.save({"model": model, "optimizer": optimizer, "sampler": saved.samplers[1].state_dict()}, checkpoint_id=folder)
-    resumed = Twins(models.attention_net, p=0.7)
-    resumed.optimize(torch.optim.AdamW)
-    model, optimizer = get_state_dict(resumed.sharded, resumed.optimizers[1])
-    state = {"model": model, "optimizer": optimizer, "sampler": {"seed": 99, "step": 0}}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        resumed.sharded, resumed.optimizers[1], model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-    resumed.samplers[1].load_state_dict(state["sampler"])
-    resumed.alone, resumed.optimizers[0] = saved.alone, saved.optimizers[0]
-    return resumed.train(steps=2)
+    save(saved, folder)
+    return resumed_from(folder, saved).train(steps=2)
 
 
 def tensor_parallel(rank, folder, *, mask="neuron", fsdp=False, sampler_first=False, bias=True, **sampler):
