@@ -13,7 +13,7 @@ from textwrap import dedent
 import pytest
 import torch
 
-from benchmarks.common import memory, report
+from benchmarks.common import machine, memory, report
 from benchmarks.common.agreement import Verdict, compare, compare_model
 from benchmarks.common.rows import Row, Run, attempt, guarded
 
@@ -192,3 +192,16 @@ def test_pytest_benchmark_reports_the_samples_to_the_last_bit_and_fails_for_wron
     entries = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
     assert [entry["stats"]["data"] for entry in entries] == [samples, samples]
     assert [entry["stats"]["median"] for entry in entries] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ({"brand_raw": "AMD EPYC", "family": 25, "model": 17}, "AMD EPYC (family 25, model 17)"),
+        ({"brand_raw": "AMD EPYC 9654 96-Core", "family": 25, "model": 17}, "AMD EPYC 9654 96-Core"),
+        ({"brand_raw": "Apple M"}, "Apple M"),
+    ],
+)
+def test_two_generations_of_a_cpu_have_two_names(monkeypatch, found, name):
+    monkeypatch.setattr(machine.cpuinfo, "get_cpu_info", lambda: found)
+    assert machine.describe()["device"] == name
