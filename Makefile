@@ -24,7 +24,7 @@ CORE := tests --ignore=tests/triton --ignore=tests/cuda
 
 .PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune
 .PHONY: experiments $(EXPERIMENTS:%=experiment-%) bench
-.PHONY: bench-step bench-neighbours bench-distributed picture codegen gpu mutants sanitize clean
+.PHONY: bench-step bench-neighbours bench-distributed host-time picture codegen gpu mutants sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -105,6 +105,9 @@ bench-step: $(BUILT)  ## whole training steps: a table and a plot
 
 bench-neighbours: $(BUILT)  ## GradDrop, Child-Tuning, R3F and the Fisher information beside their published forms
 	$(PY) -m benchmarks.neighbours --output $(OUT)/neighbours $(ARGS)
+
+host-time:  ## what a step costs the host beside a CUDA build of torch, in an environment of its own; no GPU needed
+	PYTHON=$(PYTHON) sh tools/host_time.sh $(NEWEST_TORCH) --output $(abspath $(OUT))/host-time $(ARGS)
 
 bench-distributed: $(BUILT)  ## steps of two ranks over slow networks: DDP and FSDP2; needs root, for network namespaces
 	$(PY) -m benchmarks.distributed --output $(OUT)/distributed $(ARGS)
