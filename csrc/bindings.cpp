@@ -7,6 +7,7 @@
 
 #include "cpu/autograd.h"
 #include "cpu/bf16_product.h"
+#include "cpu/f16_product.h"
 #include "cpu/kernels.h"
 #include "cpu/mixout.h"
 #include "cpu/product.h"
@@ -79,6 +80,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info, "What this extension was built for.");
   module.def("cpu_product_available", &cpu::product_available);
   module.def("cpu_bf16_unit", &bf16_unit);
+  module.def("cpu_f16_product_available", &cpu::f16_product_available);
+  module.def("cpu_library_multiplies_f16", &cpu::library_multiplies_f16);
   module.def("cpu_library_uses_avx512", &cpu::library_uses_avx512);
   module.def("cpu_keep_mask", &cpu::keep_mask, release_gil);
   module.def("cpu_mixout", &cpu::mixout, release_gil);

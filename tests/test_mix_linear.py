@@ -1,5 +1,7 @@
 """Values and gradients of the layer within the error budget of budget.py, for real-valued data."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,9 +289,9 @@ def test_p_1_is_linear_in_the_target(any_case, dtype, mask, rows, p):
         y = F.linear(x, problem.u, problem.b)
         y.backward(problem.g)
         assert torch.equal(results.dw, torch.zeros_like(problem.w))
-        if any_case.emulated or any_case.device != "cpu":
-            problem.w = torch.zeros_like(problem.w)  # NaN times no gradient is NaN in the plain formula
-            budget.assert_in_budget(problem, results)
+        if any_case.emulated or any_case.device != "cpu" or dtype == torch.float16:  # not by F.linear's library
+            finite = torch.zeros_like(problem.w)  # NaN times no gradient is NaN in the plain formula
+            budget.assert_in_budget(dataclasses.replace(problem, w=finite), results)
         else:
             assert torch.equal(results.y, y)
 

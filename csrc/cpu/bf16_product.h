@@ -17,14 +17,6 @@ enum class Bf16Unit { none, dot, tiles };
 // us as well.
 Bf16Unit bf16_unit();
 
-// Where the product goes. Called from several threads, for parts that cover it.
-struct Sums {
-  virtual ~Sums() = default;
-  // Element [row + r, column + c] is sums[r * ld + c], for r < rows and c < columns.
-  virtual void store(
-      int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums, int64_t ld) const = 0;
-};
-
 // a [m, depth] b [depth, n]. Every element is summed in an order that depends on its k alone, so the result does not
 // depend on the threads. As everywhere in these instructions, subnormal numbers count as zero.
 void multiply(

@@ -112,6 +112,7 @@ std::unique_ptr<Rows<T>> gathered_rows(const Operands& operands, const Columns& 
 
 template std::unique_ptr<Rows<float>> gathered_rows<float>(const Operands&, const Columns&, double);
 template std::unique_ptr<Rows<c10::BFloat16>> gathered_rows<c10::BFloat16>(const Operands&, const Columns&, double);
+template std::unique_ptr<Rows<c10::Half>> gathered_rows<c10::Half>(const Operands&, const Columns&, double);
 
 Tensor scatter(const Tensor& kept, const Columns& columns, int64_t width) {
   const Tensor dx = at::empty({kept.size(0), width}, kept.options());

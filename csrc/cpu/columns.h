@@ -24,7 +24,7 @@ Tensor gather(const Tensor& x, const Columns& columns, int64_t width);
 // factor * w[:, kept] as [out, kept] in `dtype`, in the memory layout of w.
 Tensor gather_weight(const Operands& operands, const Columns& columns, double factor, at::ScalarType dtype);
 
-// The rows of the same as it lies in memory, read in place; T is float or c10::BFloat16. `columns` must outlive it.
+// The rows of the same as it lies in memory, read in place; T is float, c10::BFloat16 or c10::Half. `columns` must outlive it.
 template <typename T>
 std::unique_ptr<Rows<T>> gathered_rows(const Operands& operands, const Columns& columns, double factor);
 

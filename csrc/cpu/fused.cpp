@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "bf16_product.h"
+#include "f16_product.h"
 #include "mixer.h"
 #include "product.h"
 #include "sums.h"
@@ -17,6 +18,7 @@ namespace mixout::cpu {
 namespace {
 
 using c10::BFloat16;
+using c10::Half;
 
 // A matrix whose rows or columns are contiguous; `transposed` if it is the columns.
 template <typename T>
@@ -79,17 +81,22 @@ void multiply_into(
       c.size(0), c.size(1), depth, a, b, bias ? added.const_data_ptr<float>() : nullptr, c.mutable_data_ptr<float>());
 }
 
+template <typename T>
 void multiply_into(
-    const Tensor& c, const Strided<BFloat16>& a, const RightHand<BFloat16>& b, int64_t depth,
+    const Tensor& c, const Strided<T>& a, const RightHand<T>& b, int64_t depth,
     const std::optional<Tensor>& bias = std::nullopt) {
   if (c.scalar_type() == at::kFloat) return multiply(c.size(0), c.size(1), depth, a, b, DenseSums<float>(c, bias));
-  multiply(c.size(0), c.size(1), depth, a, b, DenseSums<BFloat16>(c, bias));
+  multiply(c.size(0), c.size(1), depth, a, b, DenseSums<T>(c, bias));
 }
 
-// Calls f with a value of the type that is multiplied.
+// Call f with a value of the type that is multiplied.
+template <typename F>
+auto with_half_type(const Tensor& left, const F& f) {
+  return left.scalar_type() == at::kHalf ? f(Half()) : f(BFloat16());
+}
 template <typename F>
 auto with_type(const Tensor& left, const F& f) {
-  return left.scalar_type() == at::kBFloat16 ? f(BFloat16()) : f(float());
+  return left.scalar_type() == at::kFloat ? f(float()) : with_half_type(left, f);
 }
 
 }  // namespace
@@ -131,15 +138,16 @@ Tensor fused_kept_gradient(
   const Tensor memory = layout.empty(weight, weight.scalar_type());
   if (kept == 0) return layout.logical(memory.zero_());
   const Tensor &left = layout.transposed ? kept_input : g, &right = layout.transposed ? g : kept_input;
-  const auto multiply_to = [&](const Sums& sums) {
-    multiply(
-        left.size(1), right.size(1), g.size(0), columns_as_left<BFloat16>(left), {DenseRows<BFloat16>(right), false},
-        sums);
-  };
-  if (weight.scalar_type() == at::kFloat)
-    multiply_to(KeptSums<float>(memory, layout, columns, kept, scale));
-  else
-    multiply_to(KeptSums<BFloat16>(memory, layout, columns, kept, scale));
+  with_half_type(g, [&](auto zero) {
+    using T = decltype(zero);
+    const auto multiply_to = [&](const Sums& sums) {
+      multiply(left.size(1), right.size(1), g.size(0), columns_as_left<T>(left), {DenseRows<T>(right), false}, sums);
+    };
+    if (weight.scalar_type() == at::kFloat)
+      multiply_to(KeptSums<float>(memory, layout, columns, kept, scale));
+    else
+      multiply_to(KeptSums<T>(memory, layout, columns, kept, scale));
+  });
   return layout.logical(memory);
 }
 

@@ -1,5 +1,5 @@
-// The products of the layer by our own GEMMs, in float32 (product.cpp) or bfloat16 (bf16_product.cpp) as their
-// left-hand side is: Phi is mixed while it is packed and never lies in memory.
+// The products of the layer by our own GEMMs, in float32 (product.cpp), bfloat16 (bf16_product.cpp) or float16
+// (f16_product.cpp) as their left-hand side is: Phi is mixed while it is packed and never lies in memory.
 #pragma once
 
 #include <optional>

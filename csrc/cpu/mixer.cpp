@@ -272,6 +272,8 @@ template std::unique_ptr<Rows<float>> mixed_rows<float>(
     const Tensor&, const std::optional<Tensor>&, const Draw&, const Layout&);
 template std::unique_ptr<Rows<c10::BFloat16>> mixed_rows<c10::BFloat16>(
     const Tensor&, const std::optional<Tensor>&, const Draw&, const Layout&);
+template std::unique_ptr<Rows<c10::Half>> mixed_rows<c10::Half>(
+    const Tensor&, const std::optional<Tensor>&, const Draw&, const Layout&);
 
 Tensor keep_mask(const Draw& draw, const Layout& strided) {
   const Layout layout = strided.from(draw.offset);

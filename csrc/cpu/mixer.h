@@ -17,7 +17,7 @@ void mix_into(
     const Tensor& out, const Tensor& w, const std::optional<Tensor>& u, const Draw& draw, const Layout& layout,
     double factor);
 
-// The rows of Phi(w, u), mixed as they are read; w and u are contiguous memory, T is float or c10::BFloat16.
+// The rows of Phi(w, u), mixed as they are read; w and u are contiguous memory, T is float, c10::BFloat16 or c10::Half.
 template <typename T>
 std::unique_ptr<Rows<T>> mixed_rows(
     const Tensor& w, const std::optional<Tensor>& u, const Draw& draw, const Layout& layout);

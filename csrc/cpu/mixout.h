@@ -25,7 +25,7 @@ void mixout_list(
     const std::vector<Tensor>& outs, const std::vector<Tensor>& weights,
     const std::vector<std::optional<Tensor>>& targets, const std::vector<Draw>& draws);
 
-// y [..., out] and x[:, kept]. `fused` (float32, where product_available()): Phi is mixed while it is packed for the
+// y [..., out] and x[:, kept]. `fused` (where the dtype has a product of ours here): Phi is mixed while it is packed for the
 // product, and never lies in memory whole.
 std::tuple<Tensor, Tensor> mix_linear(
     const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias, const WeightGradient& gradient,

@@ -1,4 +1,4 @@
-// A matrix that need not exist in memory: a product has its rows made as it packs them.
+// Matrices that need not exist in memory: a product has the rows of one made as it packs them, and hands its sums out.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Strided {
   int64_t row, column;
 };
 
-// Of elements T: float, or c10::BFloat16. Called from several threads.
+// Of elements T: float, c10::BFloat16 or c10::Half. Called from several threads.
 template <typename T>
 struct Rows {
   virtual ~Rows() = default;
@@ -29,6 +29,14 @@ template <typename T>
 struct RightHand {
   const Rows<T>& rows;
   bool transposed;  // b[k, j] is element [j, k] of `rows`
+};
+
+// Where a product goes. Called from several threads, for parts that cover it.
+struct Sums {
+  virtual ~Sums() = default;
+  // Element [row + r, column + c] is sums[r * ld + c], for r < rows and c < columns.
+  virtual void store(
+      int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums, int64_t ld) const = 0;
 };
 
 }  // namespace mixout::cpu

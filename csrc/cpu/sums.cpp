@@ -1,6 +1,7 @@
 #include "sums.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -11,6 +12,13 @@ void DenseSums<c10::BFloat16>::store(
     int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums, int64_t ld) const {
   const auto* bias = bias_.defined() ? bias_.const_data_ptr<c10::BFloat16>() + column : nullptr;
   round_sums(sums, ld, bias, c_ + row * n_ + column, n_, columns, rows);
+}
+
+template <>
+void DenseSums<c10::Half>::store(
+    int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums, int64_t ld) const {
+  const auto* bias = bias_.defined() ? bias_.const_data_ptr<c10::Half>() + column : nullptr;
+  round_sums(sums, ld, 1, bias, c_ + row * n_ + column, n_, columns, rows);
 }
 
 template <>
@@ -31,8 +39,14 @@ void KeptSums<W>::store(
     for (int64_t r = 0; r < rows; ++r) {
       W* to = dw_ + (row + r) * width;
       std::fill(to + first, to + last, W(0));
-      for (int64_t c = 0; c < columns; ++c)
-        to[index_[column + c]] = static_cast<W>(sums[r * ld + c] * scale_);
+      if constexpr (std::is_same_v<W, c10::Half>) {  // one at a time they are rounded by a dozen instructions each
+        W rounded[32];
+        round_sums(sums + r * ld, ld, scale_, nullptr, rounded, columns, columns, 1);
+        for (int64_t c = 0; c < columns; ++c) to[index_[column + c]] = rounded[c];
+      } else {
+        for (int64_t c = 0; c < columns; ++c)
+          to[index_[column + c]] = static_cast<W>(sums[r * ld + c] * scale_);
+      }
     }
     return;
   }
@@ -47,5 +61,6 @@ void KeptSums<W>::store(
 
 template class KeptSums<float>;
 template class KeptSums<c10::BFloat16>;
+template class KeptSums<c10::Half>;
 
 }  // namespace mixout::cpu

@@ -1,12 +1,11 @@
-// Where the sums of a bfloat16 product go: a matrix, or the kept columns of dw.
+// Where the sums of a product in half precision go: a matrix, or the kept columns of dw.
 #pragma once
 
 #include <optional>
 
-#include <c10/util/Half.h>
-
 #include "bf16_product.h"
 #include "columns.h"
+#include "f16_product.h"
 #include "weight.h"
 
 namespace mixout::cpu {

@@ -1,8 +1,8 @@
 """C++ kernels for CPU tensors (csrc/cpu).
 
-``schedule="fused"`` mixes inside the GEMM: float32 on CPUs with AVX-512, bfloat16 on those with AVX512_BF16 or AMX.
-"staged" mixes in one vectorised pass and leaves the GEMM to the library behind ``F.linear``. What "auto" takes is
-measured (docs/performance.md):
+``schedule="fused"`` mixes inside the GEMM: float32 and float16 on CPUs with AVX-512, bfloat16 on those with AVX512_BF16
+or AMX. "staged" mixes in one vectorised pass and leaves the GEMM to the library behind ``F.linear``. What "auto" takes
+is measured (docs/performance.md):
 
     float32   the library does not use AVX-512 (MKL on AMD's CPUs)   fused: its GEMM is twice as fast
               it does (MKL on Intel's CPUs)                          fused below 256 rows, where mixing costs as much
@@ -10,6 +10,11 @@ measured (docs/performance.md):
                                                                      nothing is to be mixed
     bfloat16  AVX512_BF16 (vdpbf16ps)                                fused
               AMX                                                    fused below 2048 rows
+    float16   the library has no instruction for it                  fused: widened while packed, summed in float32
+              it has (AVX512_FP16, AVX_NE_CONVERT)                   staged
+
+Without such an instruction torch multiplies float16 by a loop, which took 10 to 50 times as long as float32: staged,
+too, the library is then given float32.
 
 ``ONEDNN_MAX_CPU_ISA``, which holds the library to older instructions, holds the bfloat16 GEMM to the same.
 """
@@ -30,6 +35,8 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
 _HAS_PRODUCT = _C is not None and _C.cpu_product_available()
 _BF16_UNIT = "none" if _C is None else _C.cpu_bf16_unit()  # or "dot" (vdpbf16ps), or "tiles" (AMX)
+_HAS_F16_PRODUCT = _C is not None and _C.cpu_f16_product_available()
+_LIBRARY_MULTIPLIES_F16 = _C is not None and _C.cpu_library_multiplies_f16()
 _LIBRARY_USES_AVX512 = _C is not None and _C.cpu_library_uses_avx512()
 _STAGED_FROM_ROWS = 256
 _STAGED_FROM_ROWS_WITH_AMX = 2048
@@ -52,15 +59,14 @@ def unsupported_reason(device: str, weight: torch.dtype, target: torch.dtype, co
 
 
 def schedules(compute: torch.dtype) -> tuple[str, ...]:
-    fused = _HAS_PRODUCT if compute == torch.float32 else compute == torch.bfloat16 and _BF16_UNIT != "none"
-    return ("fused", "staged") if fused else ("staged",)
+    fused = {torch.float32: _HAS_PRODUCT, torch.bfloat16: _BF16_UNIT != "none", torch.float16: _HAS_F16_PRODUCT}
+    return ("fused", "staged") if fused.get(compute) else ("staged",)
 
 
 def premixing_pays(compute: torch.dtype) -> bool:
     # Where multiplying takes longer than reading w and u, the fused GEMM mixes at next to no cost.
-    return "fused" not in schedules(compute) or (
-        _BF16_UNIT == "tiles" if compute == torch.bfloat16 else _LIBRARY_USES_AVX512
-    )
+    fast = {torch.bfloat16: _BF16_UNIT == "tiles", torch.float16: _LIBRARY_MULTIPLIES_F16}
+    return "fused" not in schedules(compute) or fast.get(compute, _LIBRARY_USES_AVX512)
 
 
 def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
@@ -116,4 +122,6 @@ def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
         return False
     if left.dtype == torch.bfloat16:
         return _BF16_UNIT == "dot" or left.numel() < _STAGED_FROM_ROWS_WITH_AMX * left.shape[-1]
+    if left.dtype == torch.float16:
+        return not _LIBRARY_MULTIPLIES_F16
     return not _LIBRARY_USES_AVX512 or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])
