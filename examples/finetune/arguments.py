@@ -58,6 +58,12 @@ def parse_settings(arguments: Sequence[str] | None) -> Settings:
     training.add_argument("--max-length", type=count, metavar="N", help="tokens of a text (%(default)s)")
     training.add_argument("--lr", type=rate, help="of AdamW, with linear warm-up and decay (%(default)s)")
     training.add_argument("--weight-decay", type=rate, metavar="RATE", help="of the dropout variant (%(default)s)")
+    training.add_argument("--precision", choices=("float32", "bfloat16"), help="bfloat16: under autocast (%(default)s)")
+    training.add_argument(
+        "--attention",
+        choices=("sdpa", "eager"),
+        help="of transformers (its own choice in float32; in bfloat16 what is fastest for each variant)",
+    )
     training.add_argument("--seed", type=int, metavar="N", help="of the split and of the first restart (%(default)s)")
     training.add_argument("--output", type=Path, metavar="FOLDER", help="for the report (%(default)s)")
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from benchmarks.common import assets
 from benchmarks.common.errors import CommandError
 
+from . import attention
 from .arguments import parse_settings
 from .data import load_task
 from .memory import peak_mebibytes
@@ -26,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: Report | None = None
     try:
         checkpoint = Checkpoint(settings.model or assets.minilm(assets.cache_folder()), settings.max_length)
-        report = Report(settings, load_task(settings, checkpoint.tokenizer))
+        task = load_task(settings, checkpoint.tokenizer)
+        settings, said = attention.choose(settings, checkpoint, task)
+        report = Report(settings, task, said)
         run(report, checkpoint)
     except CommandError as error:
         return _stopped(f"error: {error}", report, EXIT_FAILED)
@@ -43,7 +46,7 @@ def run(report: Report, checkpoint: Checkpoint) -> None:
     """Measures and trains with a progress bar; the report is written after every restart."""
     settings, task = report.settings, report.task
     console = Console(stderr=True)
-    console.print(task.description, highlight=False, soft_wrap=True)
+    console.print(f"{task.description}\n{report.attention}", highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description:14}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("peak memory", total=len(settings.variants))

@@ -49,8 +49,16 @@ class Checkpoint:
         self.folder = folder
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
 
-    def load(self, num_labels: int) -> PreTrainedModel:
-        """The model in float32; a classifier head that the checkpoint lacks is drawn from the default generator."""
+    def attention(self, wanted: str | None = None) -> str:
+        """The implementation that a model has of which ``wanted`` is asked for: transformers' own choice for None."""
+        config = self.load(2, wanted).config
+        return str(config._attn_implementation)
+
+    def load(self, num_labels: int, attention: str | None = None) -> PreTrainedModel:
+        """The model in float32; a classifier head that the checkpoint lacks is drawn from the default generator.
+
+        ``attention`` is transformers' ``attn_implementation``, None its own choice.
+        """
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
@@ -58,6 +66,7 @@ class Checkpoint:
                 num_labels=num_labels,
                 ignore_mismatched_sizes=True,
                 dtype=torch.float32,
+                attn_implementation=attention,
             )
         except Exception as error:  # as above
             reason = _first_line(error)

@@ -23,8 +23,8 @@ from .training import Result, total_steps
 
 
 class Report:
-    def __init__(self, settings: Settings, task: Task) -> None:
-        self.settings, self.task = settings, task
+    def __init__(self, settings: Settings, task: Task, attention: str) -> None:
+        self.settings, self.task, self.attention = settings, task, attention
         self.machine = machine.describe()
         self.memory: dict[str, float | None] = {}  # per variant, in MiB
         self.results: list[Result] = []
@@ -115,8 +115,9 @@ class Report:
         return [
             *failures,
             f"- {self.restarts} of {settings.restarts} restarts, {total_steps(settings, len(task.train))} steps each, "
-            f"batch {settings.batch_size} x {settings.max_length} tokens, float32. In a restart all variants have the "
-            "same seed, head and batches, and take their steps in turn.",
+            f"batch {settings.batch_size} x {settings.max_length} tokens, {settings.precision}. In a restart all "
+            "variants have the same seed, head and batches, and take their steps in turn.",
+            f"- {self.attention}",
             f"- Model: {model}. Fused AdamW, learning rate {settings.lr:g}, linear warm-up and decay.",
             f"- Task: {task.description}; labels: {', '.join(task.label_names)}.",
             f"- Dropout: the rates of the checkpoint, and weight decay {settings.weight_decay:g}. Mixout replaces "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -13,6 +14,9 @@ from mixout_kernels.draws import Mask
 
 from . import neighbours
 from .neighbours import NEIGHBOURS, Batches, NeighbourKind
+
+Precision = Literal["float32", "bfloat16"]
+Attention = Literal["sdpa", "eager"]
 
 KINDS: tuple[Kind, ...] = ("dropout", "plain", "mixout")  # what is compared by default
 
@@ -24,6 +28,7 @@ class Variant:
     kind: Kind | NeighbourKind
     p: float = 0.0
     mask: Mask = "neuron"
+    attention: Attention | None = None  # None: transformers' own choice
 
     @property
     def name(self) -> str:
@@ -77,6 +82,8 @@ class Settings:
     lr: float = 2e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
+    precision: Precision = "float32"  # bfloat16: under autocast
+    attention: Attention | None = None  # None: see ``attention.choose``
     seed: int = 0
     output: Path = Path("results/finetune")
 

@@ -56,7 +56,8 @@ class Run:
         seed = settings.seed + restart
         self.result = Result(variant.name, restart, seed)
         torch.manual_seed(seed)
-        self.model = checkpoint.load(len(task.label_names))
+        self.model = checkpoint.load(len(task.label_names), variant.attention)
+        self.precision = settings.precision
         rows = torch.arange(len(task.train)).split(settings.batch_size)
         batches = ({**inputs, "labels": labels} for inputs, labels in map(task.train.batch, rows))
         variant.prepare(self.model, batches)
@@ -73,7 +74,8 @@ class Run:
         number = len(self.result.losses)
         torch.manual_seed(self.result.seed * 1_000_003 + number + 1)
         start = time.perf_counter()
-        loss = neighbours.loss(self.kind, self.model, inputs, labels)
+        with self.autocast():
+            loss = neighbours.loss(self.kind, self.model, inputs, labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -84,12 +86,16 @@ class Run:
         if not math.isfinite(value):
             self.result.failure = f"the loss became {value} at step {number + 1}"
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16")
+
     @torch.inference_mode()
     def evaluate(self, test: Encoded) -> None:
         self.model.eval()
         correct = 0
         for inputs, labels in test.evaluation_batches(EVALUATION_BATCH):
-            logits = self.model(**inputs).logits
+            with self.autocast():
+                logits = self.model(**inputs).logits
             if not logits.isfinite().all():
                 self.result.failure = "the trained model's outputs are not finite"
                 return
