@@ -59,43 +59,33 @@ struct draw_caster {
   }
 };
 
-template <typename MixedWeight>
-struct mixed_weight_caster {
-  PYBIND11_TYPE_CASTER(MixedWeight, const_name("MixedWeight"));
+template <>
+struct type_caster<mixout::cpu::Draw> : draw_caster<mixout::cpu::Draw> {};
+template <>
+struct type_caster<mixout::gpu::Draw> : draw_caster<mixout::gpu::Draw> {};
+
+template <typename Draw>
+struct type_caster<mixout::MixedWeight<Draw>> {
+  PYBIND11_TYPE_CASTER(mixout::MixedWeight<Draw>, const_name("MixedWeight"));
   bool load(handle source, bool) {
     using mixout::field;
     if (!mixout::is_record(source, 4)) return false;
     value = {
         field<at::Tensor>(source, 0), field<std::optional<at::Tensor>>(source, 1),
-        field<std::optional<at::Tensor>>(source, 2), field<decltype(MixedWeight::draw)>(source, 3)};
+        field<std::optional<at::Tensor>>(source, 2), field<Draw>(source, 3)};
     return true;
   }
 };
 
-template <typename WeightGradient>
-struct weight_gradient_caster {
-  PYBIND11_TYPE_CASTER(WeightGradient, const_name("WeightGradient"));
+template <typename Draw>
+struct type_caster<mixout::WeightGradient<Draw>> {
+  PYBIND11_TYPE_CASTER(mixout::WeightGradient<Draw>, const_name("WeightGradient"));
   bool load(handle source, bool) {
     using mixout::field;
     if (!mixout::is_record(source, 3)) return false;
-    value = {
-        field<decltype(WeightGradient::draw)>(source, 0), field<double>(source, 1),
-        field<std::optional<int64_t>>(source, 2)};
+    value = {field<Draw>(source, 0), field<double>(source, 1), field<std::optional<int64_t>>(source, 2)};
     return true;
   }
 };
-
-template <>
-struct type_caster<mixout::cpu::Draw> : draw_caster<mixout::cpu::Draw> {};
-template <>
-struct type_caster<mixout::gpu::Draw> : draw_caster<mixout::gpu::Draw> {};
-template <>
-struct type_caster<mixout::cpu::MixedWeight> : mixed_weight_caster<mixout::cpu::MixedWeight> {};
-template <>
-struct type_caster<mixout::gpu::MixedWeight> : mixed_weight_caster<mixout::gpu::MixedWeight> {};
-template <>
-struct type_caster<mixout::cpu::WeightGradient> : weight_gradient_caster<mixout::cpu::WeightGradient> {};
-template <>
-struct type_caster<mixout::gpu::WeightGradient> : weight_gradient_caster<mixout::gpu::WeightGradient> {};
 
 }  // namespace pybind11::detail

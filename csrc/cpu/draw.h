@@ -1,12 +1,11 @@
 // The records of mixout_kernels/draws.py and backends/contract.py, as the kernels read them.
 #pragma once
 
-#include <optional>
-
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
 
+#include "../contract.h"
 #include "../mix.h"
 
 namespace mixout::cpu {
@@ -49,18 +48,7 @@ struct Draw {
   bool by_column() const { return strides.size() == 2 && strides[0] == 0 && strides[1] == 1; }
 };
 
-// The weight [out, in] that a product reads: `operand` where the caller has it, else Phi of w and u by `draw`.
-struct MixedWeight {
-  Tensor weight;
-  std::optional<Tensor> target, operand;
-  Draw draw;
-};
-
-// dw = scale * M * (g^T x), M by `draw`; `width` is that of the saved x[:, kept].
-struct WeightGradient {
-  Draw draw;
-  double scale;
-  std::optional<int64_t> width;
-};
+using MixedWeight = mixout::MixedWeight<Draw>;
+using WeightGradient = mixout::WeightGradient<Draw>;
 
 }  // namespace mixout::cpu
