@@ -241,7 +241,7 @@ def page(uses: list[KernelUse], compiler: str) -> str:
         "",
         "Shared memory is dynamic. `mix_product` takes 2 to 4 stages of 32 to 48 KB, as many as the device has room",
         "for, and at most 3 KB for the mask: two of the largest fit the 99 KB of sm_86, sm_89 and sm_120. The column",
-        "kernels take 32 bytes, `mix` none.",
+        "kernels take 64 bytes, or 9 KB where `scatter_kept` sums the gradient of the bias too; `mix` none.",
         "",
         "`mix_product<weight, target, input, weight in memory as, rows>` is the fused forward and dx. Where it uses",
         "tensor cores its registers are followed by the instructions that a warp issues for a stage, the mask aside.",

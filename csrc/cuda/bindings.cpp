@@ -74,6 +74,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
            }),
            py::arg("x"), py::arg("w"), py::arg("u"), py::arg("bias"), py::arg("out"), py::arg("mask"),
            py::arg("scale"), py::arg("rows"), py::arg("outputs"), py::arg("contraction"), py::arg("contiguous"));
+  py::class_<ColumnSums>(module, "ColumnSums")
+      .def(py::init([](Address g, Address sums, Type type, int64_t rows, int64_t stride) {
+             return ColumnSums{pointer(g), pointer(sums), type, rows, stride};
+           }),
+           py::arg("g"), py::arg("sums"), py::arg("type"), py::arg("rows"), py::arg("stride"));
   py::class_<ProductPlan>(module, "ProductPlan")
       .def_readonly("splits", &ProductPlan::splits)
       .def_readonly("partial_floats", &ProductPlan::partial_floats)
@@ -102,13 +107,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def(
       "scatter_kept",
       [](const Mask& mask, Address compact, Address dw, Type compact_type, Type dw_type, float scale, int64_t rows,
-         int64_t features, int64_t capacity, bool transposed, Address stream) {
+         int64_t features, int64_t capacity, bool transposed, const ColumnSums& sums, Address stream) {
         scatter_kept(mask, pointer(compact), pointer(dw), compact_type, dw_type, scale, rows, features, capacity,
-                     transposed, pointer(stream));
+                     transposed, sums, pointer(stream));
       },
       py::arg("mask"), py::arg("compact"), py::arg("dw"), py::arg("compact_type"), py::arg("dw_type"),
       py::arg("scale"), py::arg("rows"), py::arg("features"), py::arg("capacity"), py::arg("transposed"),
-      py::arg("stream"));
+      py::arg("sums"), py::arg("stream"));
   module.def(
       "plan_product", &plan_product, py::arg("rows"), py::arg("outputs"), py::arg("contraction"), py::arg("w"),
       py::arg("x"), py::arg("multiprocessors"));

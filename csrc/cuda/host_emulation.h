@@ -58,8 +58,9 @@ inline float4 load_coherent(const float4* from) {
   return {NAN, NAN, NAN, NAN};
 }
 inline int64_t load_acquire(const int64_t* from) { return *from; }
-inline void store_vector(Vector128* to, const Vector128& vector) {
-  if (reinterpret_cast<uintptr_t>(to) % 16) emulation::fail("a vector is not stored at a multiple of 16 bytes");
+template <typename Vector>
+void store_vector(Vector* to, const Vector& vector) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(Vector)) emulation::fail("a vector is not stored at a multiple of its size");
   *to = vector;
 }
 inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(emulation::block().shared.get()); }

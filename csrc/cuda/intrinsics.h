@@ -16,6 +16,9 @@ struct f16 {
 struct alignas(16) Vector128 {
   uint32_t word[4];
 };
+struct alignas(8) Vector64 {
+  uint32_t word[2];
+};
 struct alignas(8) Pair {
   float low, high;
 };
@@ -68,12 +71,15 @@ MIXOUT_DEVICE int64_t load_acquire(const int64_t* from) {
   return value;
 }
 
-// One access of 16 bytes to global memory. For sm_80 and sm_90a nvcc 13.0 makes four of 4 bytes of a plain store of
+// One access of 16 or 8 bytes to global memory. For sm_80 and sm_90a nvcc 13.0 makes four of 4 bytes of a plain store of
 // packed 16-bit results, and of every other one of float32 results.
 MIXOUT_DEVICE void store_vector(Vector128* to, const Vector128& vector) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(vector.word[0]), "r"(vector.word[1]),
                "r"(vector.word[2]), "r"(vector.word[3])
                : "memory");
+}
+MIXOUT_DEVICE void store_vector(Vector64* to, const Vector64& vector) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(vector.word[0]), "r"(vector.word[1]) : "memory");
 }
 
 MIXOUT_DEVICE unsigned char* shared_memory() {

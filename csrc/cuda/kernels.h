@@ -42,11 +42,20 @@ void keep_mask(const Mask& mask, bool* out, int64_t rows, int64_t columns, void*
 void gather_kept(
     const Mask& mask, const void* x, void* compact, Type type, int64_t rows, int64_t features, int64_t capacity, void* stream);
 
+// sums[c] = sum over r of g[r, c], in float32 and rounded once: the gradient of the bias.
+struct ColumnSums {
+  const void* g;         // [rows, columns], its rows `stride` elements apart; nullptr: there is nothing to sum
+  void* sums;            // [columns], of the type of g or of float32
+  Type type;             // of the sums
+  int64_t rows, stride;  // the columns are the rows of dw
+};
+
 // dw[r, j] = scale * compact[r, k] where j is the k-th kept feature and k < capacity, zero elsewhere. `transposed`:
-// the same for dw [features, rows] and compact [capacity, rows].
+// the same for dw [features, rows] and compact [capacity, rows]. Blocks beside those of dw take the sums, of a g of
+// the type of compact: launches of their own would last longer than reading g, which a GEMM has left in the cache.
 void scatter_kept(
     const Mask& mask, const void* compact, void* dw, Type compact_type, Type dw_type, float scale, int64_t rows,
-    int64_t features, int64_t capacity, bool transposed, void* stream);
+    int64_t features, int64_t capacity, bool transposed, const ColumnSums& sums, void* stream);
 
 // out[m, a] = sum_c Phi[a, c] x[m, c] + bias[a], Phi mixed on the fly from w and u, row a and column c of it decided by
 // the mask. The forward product contracts over the input features; dx contracts over the output features, with w and

@@ -7,7 +7,7 @@
 namespace mixout::cuda {
 
 // The name of the capsule that holds the table. Its number goes up with every change of the table and of its arguments.
-constexpr const char* kLaunchersName = "mixout_kernels.launchers.1";
+constexpr const char* kLaunchersName = "mixout_kernels.launchers.2";
 
 struct Launchers {
   decltype(&mix_tensors) mix;

@@ -134,29 +134,37 @@ Tensor gather_columns(const Launch& launch, const Tensor& input, const Draw& dra
   return compact;
 }
 
+// And db = sum of the rows of g, where it is defined.
 void scatter_columns(
-    const Launch& launch, const Tensor& compact, const Tensor& out, const Draw& draw, double scale) {
+    const Launch& launch, const Tensor& compact, const Tensor& out, const Draw& draw, double scale, const Tensor& g,
+    const Tensor& db) {
+  cuda::ColumnSums sums{};
+  if (db.defined()) sums = {g.const_data_ptr(), db.mutable_data_ptr(), type_of(db), g.size(0), g.stride(0)};
   const bool transposed = result_is_transposed(out);
   const Tensor memory = in_memory(compact, transposed);
   launch.launchers->scatter(
       mask_of(draw), memory.const_data_ptr(), out.mutable_data_ptr(), type_of(memory), type_of(out),
-      static_cast<float>(scale), out.size(0), out.size(1), compact.size(1), transposed, launch.stream);
+      static_cast<float>(scale), out.size(0), out.size(1), compact.size(1), transposed, sums, launch.stream);
 }
 
-// dw by the vendor's GEMM and one pass over it, in the memory order of the weight.
-Tensor weight_gradient(
-    const Launch& launch, const Tensor& g, const Tensor& saved, const Tensor& weight, const WeightGradient& gradient) {
-  Tensor dw = at::empty_like(weight);
+// dw by the vendor's GEMM and one pass over it, in the memory order of the weight; and db, of dtype `bias`, where that
+// pass can take it along.
+std::tuple<Tensor, Tensor> weight_gradient(
+    const Launch& launch, const Tensor& g, const Tensor& saved, const Tensor& weight, const WeightGradient& gradient,
+    std::optional<at::ScalarType> bias) {
+  Tensor dw = at::empty_like(weight), db;
   // [in or kept, out] where dw lies so: the pass over it then reads and writes along rows.
   const bool turned = dw.stride(0) == 1 && dw.size(1) > 1;
   const Tensor product = turned ? at::mm(saved.t(), g).t() : at::mm(g.t(), saved);
   if (gradient.draw.by_column()) {
-    scatter_columns(launch, product, dw, gradient.draw, gradient.scale);
-    return dw;
+    if (bias && g.numel() && (*bias == g.scalar_type() || *bias == at::kFloat))
+      db = at::empty({weight.size(0)}, g.options().dtype(*bias));
+    scatter_columns(launch, product, dw, gradient.draw, gradient.scale, g, db);
+    return {dw, db};
   }
   if (product.scalar_type() == dw.scalar_type() && product.strides() == dw.strides()) dw = product;
   mix_into(launch, dw, product, std::nullopt, gradient.draw, gradient.scale);
-  return dw;
+  return {dw, db};
 }
 
 }  // namespace
@@ -203,9 +211,10 @@ std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
     TORCH_CHECK(
         saved.size(1) == expected, "mix_linear: the saved input: expected ", expected, " columns, got ",
         saved.size(1), ": it was gathered by another mask");
-    dw = weight_gradient(launch, g, saved, weight, gradient);
+    std::tie(dw, db) =
+        weight_gradient(launch, g, saved, weight, gradient, needs_db ? std::optional(bias) : std::nullopt);
   }
-  if (needs_db) db = at::sum(g, at::IntArrayRef{0}, false, bias);
+  if (needs_db && !db.defined()) db = at::sum(g, at::IntArrayRef{0}, false, bias);
   return {dx, dw, db};
 }
 

@@ -41,6 +41,9 @@ class Primitives(Protocol):
     def scatter_columns(self, compact: Tensor, out: Tensor, draw: Draw, scale: float) -> Tensor:
         """Writes ``scale * compact`` into the kept columns of ``out`` (either dense layout), zeros elsewhere."""
 
+    def scatter_columns_and_sum(self, compact: Tensor, out: Tensor, draw: Draw, scale: float, g: Tensor) -> Tensor:
+        """``scatter_columns``, and db = sum g ``[rows of out]``, which may be taken in the same launch."""
+
     def prefers_fused(self, x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
         """What schedule "auto" takes for these, x being ``[..., features]``."""
 
@@ -112,10 +115,10 @@ def mix_linear_backward(
     if needs_dw:
         saved = _rows(saved_input)
         _check_width(saved, weight, gradient)
-        wanted = g, saved, weight, gradient.draw, gradient.scale
-        if fused and (both := primitives.fused_weight_gradient(*wanted, needs_db)) is not None:
+        wanted = g, saved, weight, gradient.draw, gradient.scale, needs_db
+        if fused and (both := primitives.fused_weight_gradient(*wanted)) is not None:
             return dx, *both
-        dw = _staged_weight_gradient(primitives, *wanted)
+        return dx, *_staged_weight_gradient(primitives, *wanted)
     if needs_db:
         db = g.sum(0)
     return dx, dw, db
@@ -133,17 +136,19 @@ def saved_width(primitives: Primitives, weight: Tensor, gradient: WeightGradient
 
 
 def _staged_weight_gradient(
-    primitives: Primitives, g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float
-) -> Tensor:
-    """dw by the vendor's GEMM and one pass over it, in the memory order of the weight."""
+    primitives: Primitives, g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool
+) -> tuple[Tensor, Tensor]:
+    """dw by the vendor's GEMM and one pass over it, in the memory order of the weight; and db, or empty."""
     dw = torch.empty_like(weight)
     # [in or kept, out] where dw lies so: the pass over it then reads and writes along rows.
     product = torch.mm(saved.t(), g).t() if dw.stride(0) == 1 and dw.shape[1] > 1 else torch.mm(g.t(), saved)
     if draw.by_column:
-        return primitives.scatter_columns(product, dw, draw, scale)
+        if needs_db:
+            return dw, primitives.scatter_columns_and_sum(product, dw, draw, scale, g)
+        return primitives.scatter_columns(product, dw, draw, scale), g.new_empty(0)
     if product.dtype == dw.dtype and product.stride() == dw.stride():
         dw = product
-    return primitives.mix_into(dw, product, None, draw, scale)
+    return primitives.mix_into(dw, product, None, draw, scale), g.sum(0) if needs_db else g.new_empty(0)
 
 
 def _mixed(primitives: Primitives, phi: MixedWeight, dtype: torch.dtype) -> Tensor:

@@ -50,13 +50,14 @@ def test_gather_of_rows_with_gaps(kernels, device):
     "types", [(d, d) for d in axes.GPU_DTYPES] + [(d, torch.float32) for d in axes.GPU_DTYPES[1:]], ids=str
 )
 @axes.transposed
-@pytest.mark.parametrize("features", [1, 63, 1030])
+@pytest.mark.parametrize("features", [1, 63, 1028, 1030])  # of these and the rows one each is whole vectors
+@pytest.mark.parametrize("rows", [70, 516])
 @pytest.mark.parametrize("overflow", [False, True], ids=["", "overflow"])
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_scatter(kernels, device, types, transposed, features, overflow, offset):
+def test_scatter(kernels, device, types, transposed, features, rows, overflow, offset):
     """Exact in the kept columns, zero in the other ones."""
     compute, weight = types
-    scale, rows, draw = 4.0, 70, column_draw(device, 0.6, offset)
+    scale, draw = 4.0, column_draw(device, 0.6, offset)
     kept = kept_columns(draw, features)
     fit = kept[: len(kept) // 2] if overflow else kept
     capacity = len(fit) if overflow else column_capacity(features, draw.p)
@@ -67,6 +68,33 @@ def test_scatter(kernels, device, types, transposed, features, overflow, offset)
     expected = torch.zeros(rows, features, dtype=weight, device=device)
     expected[:, fit] = (scale * compact[:, : len(fit)].float()).to(weight)
     assert torch.equal(out, expected)
+
+
+@axes.gpu_dtypes
+@axes.transposed
+@pytest.mark.parametrize("outputs", [1, 24, 40, 100])
+@pytest.mark.parametrize("rows", [1, 130, 1100])
+@pytest.mark.parametrize("gaps", [0, 3, 16])
+def test_scatter_with_the_sums_of_g(kernels, device, dtype, transposed, outputs, rows, gaps):
+    """dw is that of ``scatter_columns``, and db the sum over the rows of g in float32, rounded once."""
+    draw = column_draw(device, 0.6)
+    compact = torch.randn(outputs, 40, device=device).to(dtype)
+    g = torch.randn(rows, outputs + gaps, device=device).to(dtype)[:, :outputs]
+    dw, alone = (torch.empty((63, outputs) if transposed else (outputs, 63), device=device) for _ in range(2))
+    dw, alone = (dw.t(), alone.t()) if transposed else (dw, alone)
+    db = kernels.primitives.scatter_columns_and_sum(compact, dw, draw, 4.0, g)
+    assert torch.equal(dw, kernels.primitives.scatter_columns(compact, alone, draw, 4.0))
+    truth, terms = g.double().sum(0), g.double().abs().sum(0)
+    rounding = (torch.finfo(dtype).eps * truth.abs() + rows**0.5 * torch.finfo(torch.float32).eps * terms) / 2
+    assert db.dtype == dtype
+    assert ((db.double() - truth).abs() <= rounding).all()
+
+
+def test_sums_without_input_features(kernels, device):
+    g = torch.randn(70, 24, device=device)
+    compact, dw = torch.empty(24, 0, device=device), torch.empty(24, 0, device=device)
+    db = kernels.primitives.scatter_columns_and_sum(compact, dw, column_draw(device, 0.6), 4.0, g)
+    torch.testing.assert_close(db, g.sum(0))
 
 
 @axes.schedules

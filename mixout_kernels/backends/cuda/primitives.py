@@ -111,6 +111,21 @@ def gather_columns(x: Tensor, draw: Draw, width: int) -> Tensor:
 
 
 def scatter_columns(compact: Tensor, out: Tensor, draw: Draw, scale: float) -> Tensor:
+    _scatter(compact, out, draw, scale, _loaded.ColumnSums(0, 0, _type(compact), 0, 0))
+    return out
+
+
+def scatter_columns_and_sum(compact: Tensor, out: Tensor, draw: Draw, scale: float, g: Tensor) -> Tensor:
+    if g.numel() == 0:
+        scatter_columns(compact, out, draw, scale)
+        return g.sum(0)
+    db = g.new_empty(g.shape[1])
+    sums = _loaded.ColumnSums(g=g.data_ptr(), sums=db.data_ptr(), type=_type(db), rows=len(g), stride=g.stride(0))
+    _scatter(compact, out, draw, scale, sums)
+    return db
+
+
+def _scatter(compact: Tensor, out: Tensor, draw: Draw, scale: float, sums: Any) -> None:
     transposed = _result_is_transposed(out)
     memory = _in_memory(compact, transposed)
     with _on(out):
@@ -125,9 +140,9 @@ def scatter_columns(compact: Tensor, out: Tensor, draw: Draw, scale: float) -> T
             features=out.shape[1],
             capacity=compact.shape[1],
             transposed=transposed,
+            sums=sums,
             stream=_stream(out.device),
         )
-    return out
 
 
 def fused_weight_gradient(g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, scale: float, needs_db: bool) -> None:

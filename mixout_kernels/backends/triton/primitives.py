@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...draws import Draw
 from .. import gpu_linear
 from .columns import gather_columns, scatter_columns
 from .fused_linear import fused_input_gradient, fused_linear
@@ -22,7 +23,13 @@ __all__ = [
     "mix_into",
     "prefers_fused",
     "scatter_columns",
+    "scatter_columns_and_sum",
 ]
+
+
+def scatter_columns_and_sum(compact: Tensor, out: Tensor, draw: Draw, scale: float, g: Tensor) -> Tensor:
+    scatter_columns(compact, out, draw, scale)
+    return g.sum(0)
 
 
 def prefers_fused(x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
