@@ -72,6 +72,9 @@ def _measure_group(workload: Workload, rows: dict[Variant, Row], rounds: int, sa
         say(f"{variant.name}: warm-up")
         _release(on_gpu)
         row = rows[variant]
+        if variant.mode == "graph" and variant.trained not in trainings:
+            row.failure = "its eager step, whose weights it trains, failed"
+            continue
         with attempt([row]):
             if variant.mode == "graph":
                 step, training = _captured(trainings[variant.trained], pool, row).step, trainings[variant.trained]

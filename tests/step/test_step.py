@@ -234,6 +234,17 @@ def test_a_graph_trains_the_weights_of_its_eager_row(monkeypatch):
     assert [row.facts["saved_bytes"] for row in found[:2]] == [row.facts["saved_bytes"] for row in found[2:]]
 
 
+def test_a_graph_whose_eager_row_fails_says_so(monkeypatch):
+    def out_of_memory(variant, model):
+        raise torch.OutOfMemoryError("a model does not fit")
+
+    monkeypatch.setattr(measurement, "Captured", Replayed)
+    monkeypatch.setattr(Variant, "prepare", out_of_memory)
+    eager, graph = measurement.measure(WORKLOAD, [Variant("dropout"), Variant("dropout", mode="graph")], 2, **SILENT)
+    assert eager.failure == "OutOfMemoryError: a model does not fit"
+    assert graph.failure == "its eager step, whose weights it trains, failed"
+
+
 def test_groups_are_small_and_have_their_baselines(monkeypatch):
     monkeypatch.setattr(backends.load("cuda"), "unavailable_reason", lambda: None)
     variants = choose(WORKLOADS["bert-large"], _parse(["--device", "cuda"]))

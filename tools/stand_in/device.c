@@ -106,13 +106,9 @@ Status cudaGetDriverEntryPointByVersion(const char *name, void **function, unsig
     return kSuccess;
 }
 
-static Status last_error = kSuccess;
-Status cudaGetLastError(void) {
-    Status error = last_error;
-    last_error = kSuccess;
-    return error;
-}
-Status cudaPeekAtLastError(void) { return last_error; }
+// An error is only ever what a call has answered itself.
+SUCCEEDS(cudaGetLastError)
+SUCCEEDS(cudaPeekAtLastError)
 const char *cudaGetErrorName(Status error) {
     return error == kSuccess ? "cudaSuccess" : error == kOutOfMemory ? "cudaErrorMemoryAllocation" : "cudaErrorUnknown";
 }
