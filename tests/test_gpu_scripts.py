@@ -53,7 +53,7 @@ def run(tree, piece, fails=NEVER, hangs=NEVER):
 
 def parts(piece):
     script = (ROOT / "tools" / "gpu" / f"{piece}.sh").read_text()
-    return ["machine", "build", *re.findall(r"^part ([\w-]+) ", script, re.MULTILINE)]
+    return ["machine", "build", *re.findall(r"^(?:part|step|layers) ([\w.-]+) ", script, re.MULTILINE)]
 
 
 def test_all_pieces_leave_a_few_files(tree):

@@ -52,7 +52,7 @@ _GPU_FULL = (
 )
 # What the targets are of, and both sides of the rule that chooses a schedule.
 _GPU = (
-    *(Case(m, n, n, "bf16") for n in (1024, 4096) for m in (64, 256, 4096, 8192)),
+    *(Case(m, n, n, "bf16") for n in (1024, 4096) for m in (64, 256, 512, 4096, 8192)),
     *(Case(4096, k, n, "bf16") for k, n in ((1024, 4096), (4096, 1024))),
 )
 _GPU_QUICK = (Case(4096, 1024, 1024, "bf16"),)

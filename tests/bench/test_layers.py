@@ -124,8 +124,8 @@ def test_saved_bytes_leave_out_parameters():
 
 def test_the_default_shapes_are_few_and_have_the_targets():
     default = {case.name for case in cases_for("cuda", quick=False, full=False)}
-    assert len(default) == 10
-    assert {"4096x1024x1024-bf16", "8192x4096x4096-bf16", "64x4096x4096-bf16"} < default
+    assert len(default) == 12
+    assert {"4096x1024x1024-bf16", "8192x4096x4096-bf16", "64x4096x4096-bf16", "512x1024x1024-bf16"} < default
     assert len(cases_for("cuda", quick=False, full=True)) == 62
 
 
