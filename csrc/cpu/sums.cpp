@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "blocks.h"
 #include "kernels.h"
 
 namespace mixout::cpu {
@@ -31,11 +32,47 @@ void DenseSums<float>::store(
   }
 }
 
+#ifdef MIXOUT_AVX512
+
+// to[r, c] for first <= c < last and r < rows: the next of sums[r], scaled, where `kept` (a bit for each column) has a
+// one, and zero elsewhere.
+MIXOUT_AVX512 void spread(
+    const uint16_t* kept, int64_t first, int64_t last, const float* sums, int64_t lds, float scale, float* to,
+    int64_t ldt, int64_t rows) {
+  for (int64_t c = first / 16 * 16; c < last; c += 16) {
+    const __mmask16 wanted = lanes(last - c) & ~lanes(first - c), keep = kept[c / 16] & wanted;
+    const int64_t n = __builtin_popcount(keep);
+    for (int64_t r = 0; r < rows; ++r) {
+      const __m512 next = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(n), sums + r * lds), _mm512_set1_ps(scale));
+      _mm512_mask_storeu_ps(to + r * ldt + c, wanted, _mm512_maskz_expand_ps(keep, next));
+    }
+    sums += n;
+  }
+}
+
+#endif
+
+template <typename W>
+KeptSums<W>::KeptSums(
+    const Tensor& memory, const WeightLayout& layout, const Columns& columns, int64_t kept, double scale)
+    : layout_(layout),
+      dw_(memory.mutable_data_ptr<W>()),
+      index_(columns.index.data()),
+      kept_(kept),
+      scale_(static_cast<float>(scale)),
+      bits_((layout.in_features + 15) / 16) {
+  for (int64_t c = 0; c < kept; ++c) bits_[index_[c] / 16] |= 1 << index_[c] % 16;
+}
+
 template <typename W>
 void KeptSums<W>::store(
     int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums, int64_t ld) const {
   if (!layout_.transposed) {
     const int64_t width = layout_.in_features, first = start(column), last = end(column + columns, width);
+#ifdef MIXOUT_AVX512
+    if constexpr (std::is_same_v<W, float>)
+      return spread(bits_.data(), first, last, sums, ld, scale_, dw_ + row * width, width, rows);
+#endif
     for (int64_t r = 0; r < rows; ++r) {
       W* to = dw_ + (row + r) * width;
       std::fill(to + first, to + last, W(0));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "bf16_product.h"
 #include "columns.h"
@@ -32,12 +33,7 @@ class DenseSums : public Sums {
 template <typename W>
 class KeptSums : public Sums {
  public:
-  KeptSums(const Tensor& memory, const WeightLayout& layout, const Columns& columns, int64_t kept, double scale)
-      : layout_(layout),
-        dw_(memory.mutable_data_ptr<W>()),
-        index_(columns.index.data()),
-        kept_(kept),
-        scale_(static_cast<float>(scale)) {}
+  KeptSums(const Tensor& memory, const WeightLayout& layout, const Columns& columns, int64_t kept, double scale);
 
   void store(int64_t row, int64_t rows, int64_t column, int64_t columns, const float* sums, int64_t ld) const override;
 
@@ -51,6 +47,7 @@ class KeptSums : public Sums {
   const int64_t* index_;
   int64_t kept_;
   float scale_;
+  std::vector<uint16_t> bits_;  // which columns are kept, 16 in each
 };
 
 }  // namespace mixout::cpu
