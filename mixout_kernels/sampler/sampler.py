@@ -61,7 +61,7 @@ class MixSampler:
             if their p, grad_p and in_features agree. ``()`` gives every layer its own.
         premix: keep Phi of every layer between steps. Costs ``extra_bytes``, the bytes of the mixed weights in the
             compute dtype; False mixes in each forward and backward. None premixes where that is the faster way: not
-            where the CPU's fused GEMM mixes at no measurable cost (AVX-512 on AMD's CPUs). An edit of a weight is
+            where the CPU's fused GEMM mixes at no measurable cost (float32 on AMD's CPUs). An edit of a weight is
             noticed by autograd's version counter, so one through ``.data`` is not: call :meth:`advance` after it.
         host_targets: keep the targets in host memory, and copy them to a GPU in pieces while Phi is mixed, one piece
             ahead. Saves their bytes on the GPU but for two pieces (each of 64 MiB, or one larger target), and costs a
