@@ -3,7 +3,8 @@
     python -m tools.codegen_triton [--arch 90] [--write docs/codegen_triton.md]
 
 The launchers of the backend are called as they ship, on CPU tensors, with a driver that compiles for a given GPU and
-launches nothing; so the configurations are theirs and are not written down here a second time.
+launches nothing; so the configurations are theirs and are not written down here a second time. It fails if a kernel is
+out of the bounds of ``problems``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +56,7 @@ class Compiled:
     shared: int
     local: int
     tensor_core: int
+    any_tensor_core: int  # an older generation's, too
     wide_loads: int
 
     @property
@@ -67,7 +70,7 @@ class Case:
 
     configuration: str
     launch: Callable[[], object]
-    tensor_cores: bool = False
+    tensor_cores: bool | None = None  # whether a product must run on them or must not; None where there is no product
 
 
 def cases() -> list[Case]:
@@ -79,6 +82,22 @@ def compile_case(case: Case, arch: int) -> Compiled:
         case.launch()
     (kernel,) = compiled
     return _describe(kernel, case.configuration, arch)
+
+
+def problems(kernel: Compiled, case: Case) -> list[str]:
+    """What forbids to ship it, a sentence each."""
+    found = []
+    if kernel.local:
+        found.append(f"{kernel.local} loads and stores of spilled registers")
+    if kernel.registers > kernel.most_registers:
+        found.append(f"{kernel.registers} registers, of {kernel.most_registers}")
+    if kernel.shared > SHARED_MEMORY[kernel.arch]:
+        found.append(f"{kernel.shared} bytes of shared memory, of {SHARED_MEMORY[kernel.arch]}")
+    if case.tensor_cores and not kernel.tensor_core:
+        found.append(f"no {TENSOR_CORES[kernel.arch]}")
+    if case.tensor_cores is False and kernel.any_tensor_core:
+        found.append(f"{kernel.any_tensor_core} tensor-core instructions, which round IEEE float32 to TF32")
+    return found
 
 
 class _CompileOnly:
@@ -136,6 +155,7 @@ def _describe(kernel: triton.compiler.CompiledKernel, configuration: str, arch: 
         shared=kernel.metadata.shared,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         tensor_core=len(re.findall(rf"\b{TENSOR_CORES[arch]}\b", sass)),
+        any_tensor_core=len(re.findall(r"\b\w*MMA\b", sass)),
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", sass)),
     )
 
@@ -281,7 +301,7 @@ def _fused_case(
     else:
         operands = torch.empty(rows, _OUT, dtype=x), weight, frozen, draw
         launch = partial(fused_linear.fused_input_gradient, *operands)
-    return Case(what, partial(_with_tf32, tf32, launch), tensor_cores=x != _F32)
+    return Case(what, partial(_with_tf32, tf32, launch), tensor_cores=tf32 or x != _F32)
 
 
 def _weight_gradient_cases() -> Iterator[Case]:
@@ -294,7 +314,7 @@ def _weight_gradient_cases() -> Iterator[Case]:
                 draw = _draw(spec, weight.shape)
                 g, saved = torch.empty(64, _OUT, dtype=x), torch.empty(64, _KEPT if draw.by_column else width, dtype=x)
                 launch = partial(weight_gradient.fused_weight_gradient, g, saved, weight, draw, 1.5, True)
-                yield Case(what, partial(_with_tf32, tf32, launch), tensor_cores=x != _F32)
+                yield Case(what, partial(_with_tf32, tf32, launch), tensor_cores=tf32 or x != _F32)
 
 
 def _with_tf32(tf32: bool, launch: Callable[[], object]) -> None:
@@ -319,8 +339,8 @@ torch {torch} and triton {triton}. The launchers are called as they ship, so the
 - MMA: tensor-core instructions: HMMA on sm_80, HGMMA (wgmma) on sm_90, UTCHMMA (tcgen05) on sm_100.
 - 16 B: loads of 16 bytes, to registers or to shared memory (LDG.128, LDGSTS.128).
 
-`tests/triton/test_codegen.py` asserts: no local memory, registers and shared memory within their bounds, and
-tensor-core instructions in every product of 16-bit types.
+It is an error, here and in `tests/triton/test_codegen.py`, if a kernel has local memory or is beyond these bounds, if a
+product of 16-bit types or of TF32 has no tensor-core instruction, or if one of IEEE float32 has any.
 """
 
 
@@ -342,12 +362,20 @@ def main() -> None:
     parser.add_argument("--arch", type=int, choices=SHARED_MEMORY, action="append", help="default: all of them")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to a Markdown file, too")
     arguments = parser.parse_args()
-    kernels = [compile_case(case, arch) for case in cases() for arch in arguments.arch or SHARED_MEMORY]
-    text = table(kernels)
+    compiled = [(case, compile_case(case, arch)) for case in cases() for arch in arguments.arch or SHARED_MEMORY]
+    text = table([kernel for _, kernel in compiled])
     print(text)
     if arguments.write:
         header = _HEADER.format(torch=torch.__version__.split("+")[0], triton=triton.__version__)
         arguments.write.write_text(f"{header}\n{text}")
+    wrong = [
+        f"{kernel.name}, {case.configuration}, sm_{kernel.arch}: {problem}"
+        for case, kernel in compiled
+        for problem in problems(kernel, case)
+    ]
+    print(f"{len(compiled)} kernels by triton {triton.__version__}, {len(wrong)} out of bounds")
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

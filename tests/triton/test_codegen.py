@@ -1,4 +1,4 @@
-"""Every Triton kernel in every configuration that ships, as ptxas compiles it: no spills, and tensor cores used.
+"""Every Triton kernel in every configuration that ships, as ptxas compiles it: no spills, tensor cores in their place.
 
 For sm_90; ``--exhaustive`` compiles for sm_80 and sm_100 too, as ``make codegen`` does, which takes ten minutes more.
 """
@@ -25,8 +25,4 @@ def pytest_generate_tests(metafunc):
 @pytest.mark.parametrize("launch", CASES, ids=lambda launch: launch and launch.configuration)
 def test_compiles_within_bounds(launch, arch):
     kernel = codegen_triton.compile_case(launch, arch)
-    assert kernel.local == 0, f"{kernel.local} loads and stores of spilled registers"
-    assert kernel.registers <= kernel.most_registers
-    assert kernel.shared <= codegen_triton.SHARED_MEMORY[arch]
-    if launch.tensor_cores:
-        assert kernel.tensor_core > 0, f"no {codegen_triton.TENSOR_CORES[arch]}"
+    assert codegen_triton.problems(kernel, launch) == []

@@ -101,10 +101,11 @@ class Tile(NamedTuple):
 # 64 outputs are the rows of one warpgroup instruction and give the most programs, which is what few rows lack; 8 warps,
 # because 4 would leave each scheduler one warp to hide the mix behind. Rejected because they spilled: 256 bytes of a
 # weight's row in dx (sm_80), 64 x 64 in IEEE float32 (sm_90), and all but the ragged tile where loads are not of 16
-# bytes or every element takes a Philox call of its own.
+# bytes or every element takes a Philox call of its own. IEEE float32 has 32 outputs: triton 3.6 multiplies 64 or more
+# in TF32 on sm_100, whatever precision was asked for.
 _RAGGED = Tile(64, 64, 32, 8, 2)
-_RAGGED_IEEE = Tile(64, 32, 16, 8, 3)
-_IEEE = Tile(64, 32, 16, 4, 3)
+_RAGGED_IEEE = Tile(32, 64, 16, 8, 3)
+_IEEE = Tile(32, 64, 16, 4, 3)
 _TF32 = Tile(64, 64, 32, 4, 5)
 _ROOMY = 160 * 1024  # what two stages of 128 reduced features need, with a margin; sm_86 and sm_89 have 99 KiB
 
