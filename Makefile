@@ -24,7 +24,8 @@ CORE := tests --ignore=tests/triton --ignore=tests/cuda
 
 .PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune
 .PHONY: experiments $(EXPERIMENTS:%=experiment-%) bench
-.PHONY: bench-step bench-neighbours bench-distributed host-time picture codegen gpu mutants sanitize clean
+.PHONY: bench-step bench-neighbours bench-distributed host-time picture codegen codegen-triton codegen-cuda gpu mutants
+.PHONY: sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -64,9 +65,9 @@ test-cuda: $(BUILT)  ## the CUDA kernels: executed on the host, and compiled for
 test-zoo: $(BUILT)  ## apply_mixout on every model class of transformers that a small config can be made for
 	MIXOUT_KERNELS_ZOO=1 $(PY) -m pytest tests/test_convert_zoo.py $(ARGS)
 
-test-torch:  ## the core suite beside another torch, in an environment of its own: make test-torch TORCH=2.8.0
+test-torch:  ## the test suite beside another torch, in an environment of its own: make test-torch TORCH=2.8.0
 	@test -n "$(TORCH)" || { echo "make test-torch: which torch? TORCH=$(OLDEST_TORCH) or TORCH=$(NEWEST_TORCH), say"; exit 1; }
-	PYTHON=$(PYTHON) sh tools/test_torch.sh $(TORCH) $(ARGS)
+	PYTHON=$(PYTHON) sh tools/test_torch.sh $(TORCH)
 
 lint: $(ENVIRONMENT)  ## ruff, and mypy on the package
 	$(PY) -m ruff check .
@@ -115,8 +116,12 @@ bench-distributed: $(BUILT)  ## steps of two ranks over slow networks: DDP and F
 picture: $(ENVIRONMENT)  ## the picture of the README, out of the committed results of bench-step
 	$(PY) tools/readme_picture.py benchmarks/results/step/minilm.csv docs/step.png
 
-codegen: $(BUILT)  ## what ptxas makes of every GPU kernel: registers, shared memory, spills
+codegen: codegen-triton codegen-cuda  ## what ptxas makes of every GPU kernel; an error if one spills
+
+codegen-triton: $(BUILT)  ## registers, shared memory and spills of the Triton kernels
 	$(PY) -m tools.codegen_triton $(ARGS)
+
+codegen-cuda: $(BUILT)  ## the same of the CUDA kernels; needs nvcc
 	$(PY) -m tools.codegen_cuda --check $(ARGS)
 
 mutants: $(ENVIRONMENT)  ## takes barriers, waits and fences out of the CUDA kernels one by one: the tests must notice each

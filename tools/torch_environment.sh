@@ -5,14 +5,16 @@ venv=.venv-torch-$version
 
 if [ ! -e "$venv/.installed" ]; then
     ${PYTHON:-python3} -m venv "$venv"
-    # torch alone and first. Its triton comes with it, in the one version that fits.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$version"
-    grep -vE '^(torch|triton)==' requirements-dev.txt > "$venv/requirements.txt"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$venv/requirements.txt"
+    # Its triton comes with it, in the one version that fits. In one call: pip replaces a torch of before by the newest
+    # where a pinned package contradicts it, as setuptools 84 does torch 2.11, which wants less than 82.
+    grep -vE '^(torch|triton|setuptools)==' requirements-dev.txt > "$venv/requirements.txt"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        "torch==$version" "setuptools>=77" -r "$venv/requirements.txt"
     touch "$venv/.installed"
 fi
 
 python=$PWD/$venv/bin/python
+"$python" -c "import torch; torch.__version__.split('+')[0] == '$version' or exit(f'$venv has torch {torch.__version__}')"
 PATH=$PWD/$venv/bin:$PATH
 export PATH
 # What was compiled before stays in build/: ninja compiles what has changed.
