@@ -90,6 +90,7 @@ def test_extra_bytes(low):
 @pytest.mark.parametrize("library_uses_avx512", [False, True])
 def test_by_default_phi_is_mixed_ahead_only_where_no_fused_product_pays(monkeypatch, library_uses_avx512):
     monkeypatch.setattr(mk.backends.load("cpu"), "_LIBRARY_USES_AVX512", library_uses_avx512)
+    monkeypatch.setattr(mk.backends.load("cpu"), "_BF16_UNIT", "none")
     model = models.with_mixout(models.attention_net())
     numel = sum(layer.weight.numel() for layer in models.mixed_layers(model).values())
     sampler = mk.MixSampler(model)

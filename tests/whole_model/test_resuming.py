@@ -9,6 +9,7 @@ import torch
 import mixout_kernels as mk
 
 from . import models
+from .conftest import products_of_f_linear
 from .test_trainers import Watched
 from .transformers_models import NO_DROPOUT, SMALL
 
@@ -57,7 +58,8 @@ class Run:
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run = Run(folder, seed=1)
-    run.trainer.train()
+    with products_of_f_linear():  # as the tests have it, whose own fixture is set up later
+        run.trainer.train()
     return run, folder / f"checkpoint-{SAVED}"
 
 
