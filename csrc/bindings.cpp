@@ -10,6 +10,7 @@
 #include "cpu/f16_product.h"
 #include "cpu/kernels.h"
 #include "cpu/mixout.h"
+#include "cpu/precision.h"
 #include "cpu/product.h"
 #include "gpu/autograd.h"
 #include "records.h"
@@ -80,6 +81,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_info", &build_info, "What this extension was built for.");
   module.def("cpu_product_available", &cpu::product_available);
   module.def("cpu_bf16_unit", &bf16_unit);
+  module.def("cpu_float32_may_be_rounded", &cpu::float32_may_be_rounded);
   module.def("cpu_f16_product_available", &cpu::f16_product_available);
   module.def("cpu_library_multiplies_f16", &cpu::library_multiplies_f16);
   module.def("cpu_library_uses_avx512", &cpu::library_uses_avx512);

@@ -144,8 +144,9 @@ def apply_mixout(
         report.dropout, report.dropout_left = dropout_rates.disable(model, report.mixed)
         if report.dropout and _attends_by_sdpa_on_cpu(model):
             report.slow[""] = (
-                "without dropout torch's sdpa takes its flash kernel, which is slow on a CPU in bfloat16 with short "
-                "sequences: load the model with attn_implementation='eager' there, or train within "
+                "without dropout torch's sdpa takes its flash kernel, which is slow on a CPU with short sequences in "
+                "bfloat16, and in float32 after torch.set_float32_matmul_precision('medium'): load the model with "
+                "attn_implementation='eager' there, or train within "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
             )
     return report

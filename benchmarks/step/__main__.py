@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -25,7 +26,7 @@ from mixout_kernels import backends
 
 from .measurement import measure
 from .report import draw, markdown
-from .variants import Variant, all_variants
+from .variants import Precision, Variant, all_variants
 from .workload import DEFAULTS, QUICK, WORKLOADS, Workload
 
 
@@ -62,7 +63,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=f"of {', '.join(WORKLOADS)} (minilm)"
     )
-    parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), help="(the workload's own)")
+    parser.add_argument("--precision", nargs="+", choices=get_args(Precision), help="(the workload's own)")
     parser.add_argument("--attention", nargs="+", choices=("sdpa", "eager"), help="of transformers (sdpa)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory on a CPU out")

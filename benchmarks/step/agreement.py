@@ -44,7 +44,9 @@ def _reference_gradients(training: Training, exact: bool) -> dict[str, Tensor]:
         sampler.load_state_dict(training.sampler.state_dict())
     rows = training.workload.rows
     size = rows // MICRO_BATCHES if exact and rows % MICRO_BATCHES == 0 else rows
-    with mk.kernels(backend="reference"), nullcontext() if exact else training.autocast():
+    variant = training.variant
+    precision = nullcontext() if exact else variant.autocast(training.workload.device)
+    with mk.kernels(backend="reference"), variant.matmul_precision(), precision:
         for start in range(0, rows, size):
             torch.manual_seed(0)  # the same masks for all
             batch = {name: values[start : start + size] for name, values in training.batch.items()}

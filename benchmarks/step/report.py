@@ -95,7 +95,8 @@ def _notes(run: Run, workload: Workload) -> str:
         "zero_grad, forward, backward and optimizer.",
         "x dropout: to the first row. x dropout run alike: to the step with dropout that has the same precision and "
         "attention, and is eager, compiled or a CUDA graph as well. The goals are of the latter.",
-        "float32, unless a row says bf16: that is under autocast.",
+        "float32, unless a row says bf16 or fp16: those are under autocast. medium: float32 with "
+        'torch.set_float32_matmul_precision("medium").',
         "The plain formula and its compiled form cost the same for every p.",
         f"Peak: {peak}.",
         "Saved: what one forward keeps for backward; weights, targets and Phi aside. Phi: the mixed weights that the "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,11 +31,8 @@ class Training:
         compiled = variant.mode == "compiled"
         self.call: Callable[..., Any] = torch.compile(self.model, dynamic=False) if compiled else self.model
 
-    def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.workload.device, torch.bfloat16, enabled=self.variant.precision == "bfloat16")
-
     def loss(self) -> Tensor:
-        with self.autocast():
+        with self.variant.autocast(self.workload.device):
             return self.call(**self.batch).loss
 
     def step(self) -> None:
@@ -50,7 +46,7 @@ class Training:
             self.step()
 
     def backward(self) -> None:
-        with self.variant.kernels():
+        with self.variant.kernels(), self.variant.matmul_precision():
             self.loss().backward()
 
     def gradients(self) -> dict[str, Tensor]:

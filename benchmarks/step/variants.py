@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import nn
 
 import mixout_kernels as mk
@@ -14,7 +16,7 @@ from benchmarks.common.rows import Fact
 
 Kind = Literal["dropout", "none", "plain", "staged", "layers", "sampler", "premix", "triton"]
 Mode = Literal["eager", "compiled", "graph"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16", "medium"]
 Attention = Literal["sdpa", "eager"]
 
 _NAMES: dict[Kind, str] = {
@@ -34,7 +36,9 @@ class Variant:
     kind: Kind
     p: float = 0.0
     mode: Mode = "eager"
-    precision: Precision = "float32"  # bfloat16: under autocast
+    precision: Precision = (
+        "float32"  # bfloat16, float16: under autocast; medium: float32 by set_float32_matmul_precision
+    )
     attention: Attention = "sdpa"
 
     @property
@@ -42,7 +46,7 @@ class Variant:
         name = _NAMES[self.kind]
         name = f"torch.compile({name})" if self.mode == "compiled" else name
         name += f", p={self.p:g}" if self.p else ""
-        name += ", bf16" if self.precision == "bfloat16" else ""
+        name += {"bfloat16": ", bf16", "float16": ", fp16", "medium": ", medium"}.get(self.precision, "")
         name += ", eager attention" if self.attention == "eager" else ""
         return name + (", CUDA graph" if self.mode == "graph" else "")
 
@@ -75,6 +79,21 @@ class Variant:
         return mk.kernels(
             schedule="staged" if self.kind == "staged" else None, backend="triton" if self.kind == "triton" else None
         )
+
+    def autocast(self, device: str) -> AbstractContextManager[object]:
+        """Enter the low precision of forward."""
+        low = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
+        return torch.autocast(device, low or torch.bfloat16, enabled=low is not None)
+
+    @contextmanager
+    def matmul_precision(self) -> Iterator[None]:
+        """Set torch's precision of float32 products, of forward and backward."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if self.precision == "medium" else before)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def facts(self) -> dict[str, Fact]:
         """Describe it in the columns of the CSV."""

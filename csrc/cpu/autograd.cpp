@@ -17,18 +17,18 @@ struct Kernels {
   using MixedWeight = cpu::MixedWeight;
   using WeightGradient = cpu::WeightGradient;
 
-  bool fused;
+  bool fused, may_round;
 
   std::tuple<Tensor, Tensor> forward(
       const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias,
       const WeightGradient& gradient) const {
-    return mix_linear(input, phi, bias, gradient, fused);
+    return mix_linear(input, phi, bias, gradient, fused, may_round);
   }
 
   Gradients backward(
       const Tensor& grad, const Tensor& saved_input, const MixedWeight& phi, const WeightGradient& gradient,
       const std::array<bool, 3>& needs, at::ScalarType) const {
-    return mix_linear_backward(grad, saved_input, phi, gradient, {needs[0], needs[1], needs[2]}, fused);
+    return mix_linear_backward(grad, saved_input, phi, gradient, {needs[0], needs[1], needs[2]}, fused, may_round);
   }
 
   // The draw holds the seed's value. But under hooks (checkpointing) the saved input may be made anew, by a mask that is
@@ -53,8 +53,8 @@ struct Kernels {
 
 std::tuple<Tensor, Tensor> recorded_linear(
     const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& kept_input, const WeightGradient& gradient, bool fused) {
-  return mixout::recorded_linear(Kernels{fused}, input, phi, bias, kept_input, gradient);
+    const std::optional<Tensor>& kept_input, const WeightGradient& gradient, bool fused, bool may_round) {
+  return mixout::recorded_linear(Kernels{fused, may_round}, input, phi, bias, kept_input, gradient);
 }
 
 }  // namespace mixout::cpu

@@ -11,6 +11,6 @@ namespace mixout::cpu {
 // y and x[:, kept], with the derivatives of x, w and b. `kept_input`: x[:, kept] where a sibling has gathered it.
 std::tuple<Tensor, Tensor> recorded_linear(
     const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& kept_input, const WeightGradient& gradient, bool fused);
+    const std::optional<Tensor>& kept_input, const WeightGradient& gradient, bool fused, bool may_round);
 
 }  // namespace mixout::cpu

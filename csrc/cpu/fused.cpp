@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include "bf16_product.h"
 #include "f16_product.h"
+#include "kernels.h"
 #include "mixer.h"
 #include "product.h"
 #include "sums.h"
@@ -42,11 +44,33 @@ class DenseRows : public Rows<T> {
   Tensor matrix_;
 };
 
+// A float32 matrix with contiguous rows, rounded as it is read.
+class RoundedRows : public Rows<BFloat16> {
+ public:
+  explicit RoundedRows(const Tensor& matrix) : matrix_(matrix) {}
+  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, BFloat16* out, int64_t ld) const override {
+    const int64_t stride = matrix_.stride(0);
+    const float* from = matrix_.const_data_ptr<float>() + row * stride + column;
+    for (int64_t r = 0; r < rows; ++r)
+      mix_run<float, float, BFloat16>(from + r * stride, nullptr, out + r * ld, true, 1, columns);
+  }
+
+ private:
+  Tensor matrix_;
+};
+
+template <typename T>
+std::unique_ptr<Rows<T>> rows_as_they_lie(const Tensor& matrix) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (matrix.scalar_type() == at::kFloat) return std::make_unique<RoundedRows>(matrix);
+  return std::make_unique<DenseRows<T>>(matrix);
+}
+
 template <typename T>
 RightRows<T> dense_rows(const Tensor& matrix) {
-  if (matrix.stride(1) == 1) return {std::make_unique<DenseRows<T>>(matrix), false};
-  if (matrix.stride(0) == 1) return {std::make_unique<DenseRows<T>>(matrix.t()), true};
-  return {std::make_unique<DenseRows<T>>(matrix.contiguous()), false};
+  if (matrix.stride(1) == 1) return {rows_as_they_lie<T>(matrix), false};
+  if (matrix.stride(0) == 1) return {rows_as_they_lie<T>(matrix.t()), true};
+  return {rows_as_they_lie<T>(matrix.contiguous()), false};
 }
 
 // The rows of Phi [out, in] or [out, kept], made as they are read.

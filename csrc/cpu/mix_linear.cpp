@@ -17,6 +17,7 @@
 #include "f16_product.h"
 #include "fused.h"
 #include "mixer.h"
+#include "precision.h"
 #include "weight.h"
 
 namespace mixout::cpu {
@@ -63,9 +64,16 @@ Tensor staged_forward(
   return bias ? y.add_(*bias) : y;
 }
 
-// g Phi, [rows, in] or [rows, kept].
-Tensor input_gradient(const Tensor& g, const MixedWeight& phi, const std::optional<Columns>& only, bool fused) {
-  if (fused) return fused_input_gradient(g, phi, only, g.scalar_type());
+// Whether the float32 products of these rows are to have bfloat16 operands now. oneDNN is not called for smaller ones.
+bool is_rounded(const Tensor& left, const Tensor& weight) {
+  constexpr int64_t kLeastSize = 16 * 16 * 16;
+  return left.scalar_type() == at::kFloat && left.size(0) * weight.numel() > kLeastSize && float32_may_be_rounded();
+}
+
+// g Phi, [rows, in] or [rows, kept], in the dtype `result` where it is fused and else in that of g.
+Tensor input_gradient(
+    const Tensor& g, const MixedWeight& phi, const std::optional<Columns>& only, bool fused, at::ScalarType result) {
+  if (fused) return fused_input_gradient(g, phi, only, result);
   return library_product(g, in_memory(phi, only, g.scalar_type()), g.scalar_type());
 }
 
@@ -130,7 +138,7 @@ void mixout_list(
 
 std::tuple<Tensor, Tensor> mix_linear(
     const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias, const WeightGradient& gradient,
-    bool fused) {
+    bool fused, bool may_round) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;  // its bookkeeping is a third of a small layer's time
   const Tensor x = rows_of(input);
   const int64_t in_features = phi.weight.size(1);
@@ -151,6 +159,7 @@ std::tuple<Tensor, Tensor> mix_linear(
     const bool shared = gradient.draw == phi.draw && only->kept <= saved.size(1);
     left = shared ? saved.narrow(1, 0, only->kept) : gather(x, *only, only->kept);
   }
+  if (fused && may_round && is_rounded(x, phi.weight)) left = left.to(at::kBFloat16);
   const Tensor y = fused ? fused_forward(left, phi, only, bias, x.scalar_type())
                          : staged_forward(only ? left : input, left, in_memory(phi, only, x.scalar_type()), bias);
   return {at::_unsafe_view(y, with_last(input.sizes(), phi.weight.size(0))), saved};
@@ -158,25 +167,29 @@ std::tuple<Tensor, Tensor> mix_linear(
 
 std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
     const Tensor& grad, const Tensor& saved_input, const MixedWeight& phi, const WeightGradient& gradient,
-    std::tuple<bool, bool, bool> needs, bool fused) {
+    std::tuple<bool, bool, bool> needs, bool fused, bool may_round) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const auto [needs_dx, needs_dw, needs_db] = needs;
   const Tensor& weight = phi.weight;
   const Tensor g = rows_of(grad);
   const std::optional<Columns> only = needs_dx ? nonzero_columns(phi) : std::nullopt;
 
-  Tensor dx, dw, db;
+  Tensor left = g, saved = saved_input, dx, dw, db;
+  if (fused && may_round && is_rounded(g, weight)) {
+    left = g.to(at::kBFloat16);
+    if (needs_dw) saved = saved_input.to(at::kBFloat16);
+  }
   if (needs_dx) {
-    dx = input_gradient(g, phi, only, fused);
+    dx = input_gradient(left, phi, only, fused, g.scalar_type());
     if (only) dx = scatter(dx, *only, weight.size(1));
     dx = dx.view(with_last(grad.sizes(), weight.size(1)));
   }
   if (needs_dw && gradient.draw.by_column()) {
     const bool same = only && gradient.draw == phi.draw;
     const Columns columns = same ? *only : columns_of(gradient.draw, weight.size(1));
-    dw = kept_columns_gradient(g, saved_input, weight, gradient, columns, fused);
+    dw = kept_columns_gradient(left, saved, weight, gradient, columns, fused);
   } else if (needs_dw) {
-    dw = masked_gradient(g, rows_of(saved_input), weight, gradient, fused);
+    dw = masked_gradient(left, rows_of(saved), weight, gradient, fused);
   }
   if (needs_db) db = g.sum(0);
   return {

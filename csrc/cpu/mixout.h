@@ -26,14 +26,15 @@ void mixout_list(
     const std::vector<std::optional<Tensor>>& targets, const std::vector<Draw>& draws);
 
 // y [..., out] and x[:, kept]. `fused` (where the dtype has a product of ours here): Phi is mixed while it is packed for the
-// product, and never lies in memory whole.
+// product, and never lies in memory whole. `may_round`: that of float32 rounds its operands to bfloat16 while torch's switch
+// says so (precision.h), as the library does on a CPU with AMX; the sums and results are float32.
 std::tuple<Tensor, Tensor> mix_linear(
     const Tensor& input, const MixedWeight& phi, const std::optional<Tensor>& bias, const WeightGradient& gradient,
-    bool fused);
+    bool fused, bool may_round);
 
 // dx, dw, db. What `needs` does not ask for comes back empty.
 std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
     const Tensor& grad, const Tensor& saved_input, const MixedWeight& phi, const WeightGradient& gradient,
-    std::tuple<bool, bool, bool> needs, bool fused);
+    std::tuple<bool, bool, bool> needs, bool fused, bool may_round);
 
 }  // namespace mixout::cpu

@@ -16,6 +16,11 @@ is measured (docs/performance.md):
 Without such an instruction torch multiplies float16 by a loop, which took 10 to 50 times as long as float32: staged,
 too, the library is then given float32.
 
+``torch.set_float32_matmul_precision("medium")`` and ``torch.backends.mkldnn.matmul.fp32_precision = "bf16"`` let oneDNN
+round the operands of a float32 product to bfloat16, which it does with AMX and without it never. A fused product then
+does the same, and "auto" follows the rule of bfloat16. What is set counts in forward and in backward by itself, as for
+``F.linear``.
+
 ``ONEDNN_MAX_CPU_ISA``, which holds the library to older instructions, holds the bfloat16 GEMM to the same.
 """
 
@@ -90,7 +95,7 @@ def mixout_list(
 def mix_linear(
     input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
-    return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input, phi))
+    return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input, phi), _may_round())
 
 
 def recorded_linear(
@@ -101,7 +106,7 @@ def recorded_linear(
     gradient: WeightGradient,
     schedule: str,
 ) -> tuple[Tensor, Tensor]:
-    return _C.cpu_recorded_linear(input, phi, bias, kept_input, gradient, _is_fused(schedule, input, phi))
+    return _C.cpu_recorded_linear(input, phi, bias, kept_input, gradient, _is_fused(schedule, input, phi), _may_round())
 
 
 def mix_linear_backward(
@@ -112,7 +117,8 @@ def mix_linear_backward(
     needs: tuple[bool, bool, bool],
     schedule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _C.cpu_mix_linear_backward(grad, saved_input, phi, gradient, needs, _is_fused(schedule, grad, phi))
+    fused = _is_fused(schedule, grad, phi)
+    return _C.cpu_mix_linear_backward(grad, saved_input, phi, gradient, needs, fused, _may_round())
 
 
 def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
@@ -121,8 +127,14 @@ def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
         return schedule == "fused"
     if "fused" not in schedules(left.dtype):
         return False
-    if left.dtype == torch.bfloat16:
+    rounded = left.dtype == torch.float32 and _may_round() and _C.cpu_float32_may_be_rounded()
+    if left.dtype == torch.bfloat16 or rounded:
         return _BF16_UNIT == "dot" or left.numel() < _STAGED_FROM_ROWS_WITH_AMX * left.shape[-1]
     if left.dtype == torch.float16:
         return not _LIBRARY_MULTIPLIES_F16
     return not _LIBRARY_USES_AVX512 or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])
+
+
+def _may_round() -> bool:
+    """Whether the library rounds float32 to bfloat16 where torch's switch allows it."""
+    return _BF16_UNIT == "tiles"

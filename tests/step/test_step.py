@@ -38,7 +38,7 @@ def smallest(attention):
 
 GOALS = {("float32", "sdpa", 0.7): 0.75, ("float32", "sdpa", 0.9): 0.65}
 WORKLOAD = Workload("smallest", "the smallest BERT", "cpu", 4, 8, 30, smallest, goals=GOALS)
-PRECISIONS = ["float32", "bfloat16"]
+PRECISIONS = ["float32", "bfloat16", "float16", "medium"]
 
 
 def trained(variant, steps=2, workload=WORKLOAD):
@@ -80,6 +80,24 @@ def test_kept_columns_save_less_at_a_higher_p():
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_matches_the_reference(kind, precision):
     assert agreement.check(trained(Variant(kind, 0.7, precision=precision))).matches
+
+
+def test_medium_is_torch_s_switch_for_forward_and_backward_alone(monkeypatch):
+    seen = []
+    training = trained(Variant("sampler", 0.7, precision="medium"))
+    loss = training.loss
+
+    def watched():
+        found = loss()
+        seen.append(torch.get_float32_matmul_precision())
+        found.register_hook(lambda _: seen.append(torch.get_float32_matmul_precision()))
+        return found
+
+    monkeypatch.setattr(training, "loss", watched)
+    training.step()
+    assert seen == ["medium", "medium"]
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert training.variant.name == "mixout_kernels, sampler, p=0.7, medium"
 
 
 @pytest.mark.parametrize("kind", ["staged", "layers", "sampler", "premix"])
