@@ -77,7 +77,7 @@ pytest_options() {
 
 # The machine, and the kernels: those that were built before, or now, for this GPU alone.
 prepare() {
-    part machine 30 sh -c 'nvidia-smi; "$0" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"' "$PY"
+    part machine 60 sh -c 'nvidia-smi; "$0" -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"' "$PY"
     part build 240 sh tools/gpu/build.sh "$PY"
 }
 
