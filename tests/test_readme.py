@@ -107,7 +107,8 @@ def test_make_targets_exist():
     targets = make_targets()
     for page in ("README.md", "CONTRIBUTING.md", "RELEASE.md", *PAGES):
         text = (ROOT / page).read_text()
-        commands = [*re.findall(r"`(make [^`]+)`", text), *re.findall(r"^make .+$", text, re.MULTILINE)]
+        commands = re.findall(r"`(make [^`]+)`", text)
+        commands += [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("make ")]
         for command in commands:
             words = re.sub(r"#.*|\w+=(\"[^\"]*\"|\S*)|(?<!\S)-\w+", "", command).split()[1:]
             assert set(words) <= targets, f"{page}: {command}"
