@@ -1,6 +1,7 @@
 """Where "auto" on the CPU should change from fused to staged: both schedules over F.linear, for each number of rows.
 
     python -m tools.cpu_schedules [--rows 8 64 512] [--features 768x768] [--threads 1]
+                                  [--dtype float32]
 
 Prints a table in Markdown: forward and backward of a layer with p = 0.7 and p = 0.9, one decision per input feature,
 and with p = 0.7 and one per entry; then the layer whose product reads an operand (GradDrop, or Phi mixed ahead). Each
@@ -27,10 +28,12 @@ COLUMNS += [("operand", 0.7, "neuron", True)]
 ALL = (True, True, True)
 
 
-def layer(rows: int, inputs: int, outputs: int, p: float, kind: str, given: bool) -> dict[str, Callable[[], object]]:
+def layer(
+    rows: int, inputs: int, outputs: int, p: float, kind: str, given: bool, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
     """Forward and backward of F.linear and of both schedules."""
-    x, g, bias = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs)
-    w, u = torch.randn(outputs, inputs), torch.randn(outputs, inputs)
+    sizes = (rows, inputs), (rows, outputs), (outputs,), (outputs, inputs), (outputs, inputs)
+    x, g, bias, w, u = (torch.randn(size).to(dtype) for size in sizes)
     draw = Draw(torch.tensor([3]), p, strides_of(kind, w.shape))
     phi, gradient = MixedWeight(w, u, w if given else None, draw), WeightGradient(draw, draw.scale, None)
 
@@ -62,8 +65,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 64, 128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--features", nargs="+", default=["384x384", "768x768", "768x3072", "3072x768"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
     clock = time.thread_time if arguments.threads == 1 else time.perf_counter
 
     print(f"| rows x in x out | F.linear, ms | {' | '.join(name for name, *_ in COLUMNS)} |")
@@ -71,7 +76,7 @@ def main() -> None:
     for features in arguments.features:
         inputs, outputs = map(int, features.split("x"))
         for rows in arguments.rows:
-            found = [seconds(layer(rows, inputs, outputs, *column), clock) for _, *column in COLUMNS]
+            found = [seconds(layer(rows, inputs, outputs, *column, dtype), clock) for _, *column in COLUMNS]
             cells = [", ".join(f"{t[name] / t['linear']:.2f}" for name in ("fused", "staged")) for t in found]
             plain = min(times["linear"] for times in found) * 1e3
             print(f"| {rows} x {inputs} x {outputs} | {plain:.2f} | {' | '.join(cells)} |", flush=True)

@@ -47,7 +47,7 @@ class KeptSums : public Sums {
   const int64_t* index_;
   int64_t kept_;
   float scale_;
-  std::vector<uint16_t> bits_;  // which columns are kept, 16 in each
+  std::vector<uint16_t> bits_;  // which columns are kept, 16 in each, and more of zero
 };
 
 }  // namespace mixout::cpu
