@@ -127,7 +127,8 @@ def _compiling_for(arch: int) -> Iterator[list[triton.compiler.CompiledKernel]]:
         options["warmup"] = True
         compiled.append(run(self, *arguments, **options))
 
-    previous = driver._active
+    slot = "_active" if hasattr(driver, "_active") else "active"  # triton 3.4 has the second alone, of torch 2.8
+    previous = getattr(driver, slot)
     driver.set_active(_CompileOnly(arch))
     try:
         with (
@@ -136,7 +137,7 @@ def _compiling_for(arch: int) -> Iterator[list[triton.compiler.CompiledKernel]]:
         ):
             yield compiled
     finally:
-        driver._active = previous
+        setattr(driver, slot, previous)
 
 
 def _describe(kernel: triton.compiler.CompiledKernel, configuration: str, arch: int) -> Compiled:
