@@ -20,16 +20,21 @@ WARMUP_CALLS = 3
 
 
 def sampler(phases: Sequence[Phase], device: torch.device, calls: int = 1) -> Sampler:
-    """Time each phase, which does its work ``calls`` times; the seconds are those of one call."""
+    """Time each phase, which does its work ``calls`` times; the seconds are those of one call.
+
+    On a CPU with one thread they are CPU time, which other work on the machine disturbs little.
+    """
     return _by_events(phases, calls) if device.type == "cuda" else _by_clock(phases, calls)
 
 
 def _by_clock(phases: Sequence[Phase], calls: int) -> Sampler:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
     def sample() -> tuple[float, ...]:
-        times = [time.perf_counter()]
+        times = [clock()]
         for phase in phases:
             phase()
-            times.append(time.perf_counter())
+            times.append(clock())
         return tuple((end - start) / calls for start, end in pairwise(times))
 
     return sample

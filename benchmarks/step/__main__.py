@@ -32,6 +32,8 @@ from .workload import DEFAULTS, QUICK, WORKLOADS, Workload
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     # Of the eager steps that are captured too: there is nothing to impair in the fused AdamW.
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     statuses = []
@@ -58,6 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: cuda where there is one")
     parser.add_argument("--output", type=Path, default=Path("results/step"), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, help="samples of each variant (30)")
+    parser.add_argument("--threads", type=int, help="on a CPU; one: measured in CPU time, on a machine that is busy")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: a smoke test")
     parser.add_argument("--full", action="store_true", help="every variant, precision, attention and batch")
     parser.add_argument(
@@ -73,6 +76,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads: expected 1 or more, got {options.threads}")
     chosen = (QUICK[options.device],) if options.quick else DEFAULTS[options.device][: None if options.full else 1]
     options.workloads = options.workloads or chosen
     for name in options.workloads:

@@ -102,6 +102,8 @@ def _notes(run: Run, workload: Workload) -> str:
         "Saved: what one forward keeps for backward; weights, targets and Phi aside. Phi: the mixed weights that the "
         "sampler keeps.",
     ]
+    if run.machine.get("threads") == 1 and not on_gpu:
+        notes.append("One thread, in CPU time: of a machine that was busy with other work.")
     if on_gpu:
         notes += [
             "Saved counts the casts of weights that nn.Linear keeps under autocast. Phi, which takes their place, is "

@@ -89,9 +89,11 @@ def test_warm_up_is_not_captured(monkeypatch):
     assert fake.log == ["forward", "backward"] * 3 + ["forward", "captured", "backward", "captured"]
 
 
-def test_seconds_by_the_clock(monkeypatch):
+@pytest.mark.parametrize(("threads", "clock"), [(2, "perf_counter"), (1, "process_time")])
+def test_seconds_by_the_clock(threads, clock, monkeypatch):
     times = iter([1.0, 1.5, 3.5])
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(clocks.time, clock, lambda: next(times))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     done = []
     sample = clocks.sampler([lambda: done.append("a"), lambda: done.append("b")], torch.device("cpu"), calls=2)
     assert sample() == (0.25, 1.0)
