@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine
+from benchmarks.common.arguments import count
 from benchmarks.common.errors import CommandError
 from benchmarks.common.report import write
 from benchmarks.common.rows import Run
@@ -48,15 +49,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
     names = [link.name for link in LINKS]
     parser.add_argument("--output", type=Path, default=Path("results/distributed"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, help="samples of each method (by link: more of a fast one)")
+    parser.add_argument("--rounds", type=count, help="samples of each method (by link: more of a fast one)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two rounds: a smoke test")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="(both)")
     parser.add_argument("--links", nargs="+", choices=names, default=names, help=f"of {', '.join(map(repr, names))}")
     parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="only these, and dropout")
-    options = parser.parse_args(arguments)
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import machine
+from benchmarks.common.arguments import count
 from benchmarks.common.errors import CommandError
 from benchmarks.common.report import write
 from benchmarks.common.rows import Run
@@ -45,13 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.neighbours", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("results/neighbours"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, help="samples of each variant (20)")
+    parser.add_argument("--rounds", type=count, help="samples of each variant (20)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: a smoke test")
     parser.add_argument("--only", type=re.compile, default="", metavar="REGEX", help="only these, and the baselines")
-    options = parser.parse_args(arguments)
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 
 from benchmarks.common import machine
+from benchmarks.common.arguments import count
 from benchmarks.common.errors import CommandError
 from benchmarks.common.report import write
 from benchmarks.common.rows import Run
@@ -59,8 +60,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default: cuda where there is one")
     parser.add_argument("--output", type=Path, default=Path("results/step"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, help="samples of each variant (30)")
-    parser.add_argument("--threads", type=int, help="on a CPU; one: measured in CPU time, on a machine that is busy")
+    parser.add_argument("--rounds", type=count, help="samples of each variant (30)")
+    parser.add_argument("--threads", type=count, help="on a CPU; one: measured in CPU time, on a machine that is busy")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: a smoke test")
     parser.add_argument("--full", action="store_true", help="every variant, precision, attention and batch")
     parser.add_argument(
@@ -74,10 +75,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", type=re.compile, default="", metavar="REGEX", help="only these, and dropout: 'sampler|plain'"
     )
     options = parser.parse_args(arguments)
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads: expected 1 or more, got {options.threads}")
     chosen = (QUICK[options.device],) if options.quick else DEFAULTS[options.device][: None if options.full else 1]
     options.workloads = options.workloads or chosen
     for name in options.workloads:
