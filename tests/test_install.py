@@ -40,7 +40,7 @@ def source(tmp_path):
 
 def setup(source, *arguments, path="", run=("setup.py",), **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC") and not k.startswith("MIXOUT_KERNELS_")}
-    # Beside a CUDA build of torch there would be a second notice. tests/cuda/test_build.py is about it.
+    # Beside a CUDA build of torch there would be a second notice. tests/cuda/test_setup.py is about it.
     inherited["MIXOUT_KERNELS_CUDA"] = "0"
     return subprocess.run(
         [sys.executable, *run, *(arguments or ("--name",))],
