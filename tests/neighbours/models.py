@@ -12,6 +12,9 @@ SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 ENCODER = {**SMALL, "max_position_embeddings": 16, "num_labels": 2}
 GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "num_labels": 2}
 GPT2 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+# Options without dropout.
+BERT_OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+GPT2_OFF = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 def bert(**options: object) -> nn.Module:
@@ -80,3 +83,10 @@ def spread(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=dtype), alpha=0.1)
     return model
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Those of the loss, by the names of the parameters."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

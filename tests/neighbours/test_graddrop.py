@@ -10,10 +10,18 @@ from torch import nn
 import mixout_kernels as mk
 from mixout_kernels.sampler.seeds import key_of
 
-from .models import albert, bert, gpt2, gpt2_language_model, padded_batch, spread
+from .models import (
+    BERT_OFF,
+    GPT2_OFF,
+    albert,
+    bert,
+    gpt2,
+    gpt2_language_model,
+    gradients,
+    padded_batch,
+    spread,
+)
 
-BERT_OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-GPT2_OFF = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 X = torch.tensor([[1.0, 2, 3, 4], [-1, 0.5, 0, 2]])
 G = torch.tensor([[1, -2, 0.5], [0, 1, 2]])
 SEED = 11
@@ -23,12 +31,6 @@ def weight_gradient(**options):
     weight = torch.zeros(3, 4, requires_grad=True)
     mk.mix_linear(X, weight, None, p=0, **options).backward(G)
     return weight.grad
-
-
-def gradients(model, batch):
-    model.zero_grad()
-    model(**batch).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def masked(gradient, key, p, mask, *, rescale=True, axis=None):
@@ -276,41 +278,6 @@ def test_child_tuning_f_masks_every_parameter():
         torch.testing.assert_close(gradient[kept], (plain[name] / 0.3)[kept], rtol=1e-9, atol=1e-14)
 
 
-def test_child_tuning_d_has_a_fixed_mask():
-    """Entries outside never move, even with momentum, as long as nothing decays them."""
-    model, batch = spread(bert(**BERT_OFF)).train(), padded_batch()
-    fisher = mk.fisher(model, [batch], per="batch", include=["*.layer.*"])
-    keep = mk.top_entries(fisher, keep=0.3)
-    kept, total = sum(mask.sum() for mask in keep.values()), sum(mask.numel() for mask in keep.values())
-    assert kept / total == pytest.approx(0.3, abs=1e-3)
-    plain = gradients(model, batch)
-    report = mk.apply_graddrop(model, keep=keep)
-    assert set(report.hooks) == set(keep)
-    before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    for name, gradient in gradients(model, batch).items():
-        assert torch.equal(gradient, torch.where(keep[name], plain[name], 0) if name in keep else plain[name])
-    for _ in range(3):
-        optimizer.step()
-        gradients(model, batch)
-    for name, parameter in model.named_parameters():
-        if name in keep:
-            assert torch.equal(parameter[~keep[name]], before[name][~keep[name]])
-    mk.remove_graddrop(model)
-    assert all(gradient.abs().sum() > 0 for name, gradient in gradients(model, batch).items() if "key.bias" not in name)
-
-
-def test_fixed_columns():
-    model, batch = bert(**BERT_OFF).train(), padded_batch()
-    name = "bert.encoder.layer.0.output.dense.weight"
-    columns = torch.arange(32) % 3 == 0
-    mk.apply_graddrop(model, keep={name: columns})
-    assert torch.equal(gradients(model, batch)[name].any(0), columns)
-    model, name = gpt2(**GPT2_OFF).train(), "transformer.h.0.mlp.c_fc.weight"
-    mk.apply_graddrop(model, keep={name: torch.arange(16) % 2 == 0})
-    assert torch.equal(gradients(model, batch)[name].any(1), torch.arange(16) % 2 == 0)
-
-
 def test_hooks_follow_new_parameters():
     """A copy of the model has Parameters of its own, and so has a load that assigns."""
     model, batch = bert(**BERT_OFF).train(), padded_batch()
@@ -356,117 +323,6 @@ def test_compiled_code_has_the_same_masks(mask):
     torch.compile(model, backend="aot_eager", fullgraph=True)(x).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, eager[name], msg=name)
-
-
-# --- one decision for a block -----------------------------------------------------------------------------------------
-
-
-def blocks_off(seed, step, p, model):
-    prefix = "bert.encoder.layer"
-    keys = [key_of(seed, f"{prefix}.{k}", step) for k in range(len(model.bert.encoder.layer))]
-    return [not mk.keep_mask(key, p=p, shape=(1, 1), mask="layer").item() for key in keys]
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9)])
-def test_a_block_that_is_off_stays_still(optimizer):
-    """With momentum and decay; everything else is trained, and nothing stops requiring a gradient."""
-    model, batch = spread(bert(**BERT_OFF, num_hidden_layers=6)).train(), padded_batch()
-    plain = gradients(model, batch)
-    mk.apply_graddrop(model, p=0.5, mask="layer")
-    mk.MixSampler(model, seed=SEED)
-    optimizer = optimizer(model.parameters(), lr=1e-3)
-    for step in range(6):
-        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        found = gradients(model, batch)
-        assert all(parameter.requires_grad for parameter in model.parameters())
-        off = blocks_off(SEED, step, 0.5, model)
-        assert 0 < sum(off) < 6 or step
-        optimizer.step()
-        for name, parameter in model.named_parameters():
-            block = int(name.split(".")[3]) if ".layer." in name else None
-            if block is None:
-                assert not torch.equal(parameter, before[name]), name
-            elif off[block]:
-                assert torch.equal(parameter, before[name]), name
-                assert parameter.grad is None
-            elif step == 0:
-                torch.testing.assert_close(found[name], plain[name] / 0.5, rtol=1e-9, atol=1e-14, msg=name)
-
-
-def test_a_block_that_is_off_saves_no_input():
-    saved = {}
-    for p in (0.0, 1.0):
-        model, batch = bert(**BERT_OFF).train(), padded_batch()
-        if p:
-            mk.apply_graddrop(model, p=p, mask="layer")
-            mk.MixSampler(model, seed=SEED)
-        kept = []
-
-        def pack(tensor, kept=kept):
-            kept.append((tensor.data_ptr(), tensor.nbytes))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(**batch).loss.backward()
-        saved[p] = sum(nbytes for _, nbytes in set(kept))
-        name = "bert.encoder.layer.0.intermediate.dense"
-        assert (model.get_submodule(name).weight.grad is None) is bool(p)
-    assert saved[1.0] < 0.8 * saved[0.0]
-
-
-def test_distributed_data_parallel_trains_on_with_blocks_off(tmp_path):
-    """It waits for every parameter, and makes zeros of gradients that are None."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for options in (
-            {},
-            {"gradient_as_bucket_view": True},
-            {"static_graph": True},
-            {"find_unused_parameters": True},
-        ):
-            model, batch = bert(**BERT_OFF).train(), padded_batch()
-            mk.apply_graddrop(model, p=0.5, mask="layer")
-            mk.MixSampler(model, seed=SEED)
-            parallel = nn.parallel.DistributedDataParallel(model, **options)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-            for step in range(4):
-                before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-                optimizer.zero_grad()
-                parallel(**batch).loss.backward()
-                optimizer.step()
-                off = blocks_off(SEED, step, 0.5, model)
-                for name, parameter in model.named_parameters():
-                    if ".layer." in name:
-                        assert torch.equal(parameter, before[name]) is off[int(name.split(".")[3])], (options, name)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_blocks_without_a_sampler_raise():
-    model, batch = bert(**BERT_OFF).train(), padded_batch()
-    mk.apply_graddrop(model, p=0.5, mask="layer")
-    with pytest.raises(ValueError, match="layer masks are drawn once a step"):
-        model(**batch)
-    model.eval()(**batch)
-    mk.MixSampler(model)
-    model.train()(**batch)
-
-
-def test_the_host_and_the_device_decide_alike():
-    model = bert(**BERT_OFF).train()
-    mk.apply_graddrop(model, p=0.3, mask="layer")
-    sampler = mk.MixSampler(model, seed=SEED, every=2)
-    seeds = sampler._seeds
-    for _ in range(20):
-        for number in range(2):
-            key = seeds.at(torch.device("cpu"), number)
-            assert seeds.drops(number, 0.3) is not mk.keep_mask(key, p=0.3, shape=(1, 1), mask="layer").item()
-        sampler.advance()
-    sampler.load_state_dict({"seed": 3, "step": 7})
-    key = seeds.at(torch.device("cpu"), 1)
-    assert seeds.drops(1, 0.3) is not mk.keep_mask(key, p=0.3, shape=(1, 1), mask="layer").item()
 
 
 # --- errors, and the learning rate ------------------------------------------------------------------------------------
@@ -527,19 +383,6 @@ def test_one_word_serves_one_granularity():
     expected = r"apply_mixout: mask: expected 'weight', the mask of its graddrop, for 'bert.encoder.*', got 'neuron'"
     with pytest.raises(ValueError, match=expected):
         mk.apply_mixout(model, p=0.7)
-
-
-def test_errors_of_fixed_masks():
-    model, name = bert(), "bert.encoder.layer.0.output.dense.weight"
-    with pytest.raises(ValueError, match=r"apply_graddrop: keep: expected names of parameters of the model, got 'x'"):
-        mk.apply_graddrop(model, keep={"x": torch.ones(2, dtype=torch.bool)})
-    expected = r"apply_graddrop: keep: expected a bool tensor \[32\] or \[16, 32\] for 'bert.*', got torch.bool \[16\]"
-    with pytest.raises(ValueError, match=expected):
-        mk.apply_graddrop(model, keep={name: torch.ones(16, dtype=torch.bool)})
-    with pytest.raises(ValueError, match=r"expected a bool tensor .* got torch.float32 \[32\]"):
-        mk.apply_graddrop(model, keep={name: torch.ones(32)})
-    with pytest.raises(ValueError, match=r"apply_graddrop: keep: expected masks by the names of parameters, got \{\}"):
-        mk.apply_graddrop(model, keep={})
 
 
 @pytest.mark.parametrize(("p", "measured"), [(0.5, 0.707), (0.9, 0.314)])

@@ -11,6 +11,8 @@ from torch import nn
 import mixout_kernels as mk
 
 from .models import (
+    BERT_OFF,
+    GPT2_OFF,
     albert,
     bert,
     bert_masked_language_model,
@@ -23,8 +25,6 @@ from .models import (
     vit,
 )
 
-BERT_OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-GPT2_OFF = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 EPS = 0.1
 
 
