@@ -61,6 +61,17 @@ std::tuple<at::Tensor, at::Tensor> gpu_recorded_linear(
   return mixout::gpu::recorded_linear(launch, input, phi, bias, kept_input, gradient);
 }
 
+const char* product_vectors() {
+  switch (cpu::product_vectors()) {
+    case cpu::Vectors::avx512:
+      return "avx512";
+    case cpu::Vectors::avx2:
+      return "avx2";
+    default:
+      return "none";
+  }
+}
+
 const char* bf16_unit() {
   switch (cpu::bf16_unit()) {
     case cpu::Bf16Unit::tiles:
@@ -79,12 +90,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   const auto release_gil = py::call_guard<py::gil_scoped_release>();
   module.doc() = "Compiled kernels of mixout_kernels; the Python side is mixout_kernels/backends/cpu.py.";
   module.def("build_info", &build_info, "What this extension was built for.");
-  module.def("cpu_product_available", &cpu::product_available);
+  module.def("cpu_product_vectors", &product_vectors);
   module.def("cpu_bf16_unit", &bf16_unit);
   module.def("cpu_float32_may_be_rounded", &cpu::float32_may_be_rounded);
   module.def("cpu_f16_product_available", &cpu::f16_product_available);
   module.def("cpu_library_multiplies_f16", &cpu::library_multiplies_f16);
-  module.def("cpu_library_uses_avx512", &cpu::library_uses_avx512);
+  module.def("cpu_library_is_faster", &cpu::library_is_faster);
   module.def("cpu_keep_mask", &cpu::keep_mask, release_gil);
   module.def("cpu_mixout", &cpu::mixout, release_gil);
   module.def("cpu_mixout_list", &cpu::mixout_list, release_gil);

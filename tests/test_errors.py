@@ -204,11 +204,11 @@ def test_a_schedule_that_no_backend_has_here():
         linear(*(t.double() for t in (X, W, U, B)), schedule="fused")
 
 
-def test_without_avx_512_the_cpu_backend_is_staged(case, monkeypatch):
+def test_without_a_product_of_its_own_the_cpu_backend_is_staged(case, monkeypatch):
     if case.backend != "cpu":
         pytest.skip("of the cpu backend")
     if "fused" not in case.schedules():
-        pytest.skip("NO AVX-512 HERE: every other test shows it")
+        pytest.skip("NO AVX2 HERE: every other test shows it")
     x, w, options = torch.randn(64, 300), torch.randn(70, 300), {"p": 0.5, "seed": 1, "mask": "weight"}
     fused, staged = (mk.mix_linear(x, w, None, **options, schedule=name) for name in ("fused", "staged"))
     monkeypatch.setattr(backends.load("cpu"), "_HAS_PRODUCT", False)

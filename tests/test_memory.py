@@ -137,7 +137,7 @@ def test_staged_forward_allocates_the_mixed_weight_once(case, transposed, low):
 def test_fused_products_allocate_their_results_alone(case, mask, target, transposed):
     """Phi never lies in memory: y and dx are larger than the weight here, and nothing else of its size comes to be."""
     if case.backend != "cpu" or "fused" not in case.schedules():
-        pytest.skip("the CPU allocator is what the profiler sees here, and only with AVX-512 the product is fused")
+        pytest.skip("the CPU allocator is what the profiler sees here, and only with AVX2 the product is fused")
     problem = budget.random_problem((400,), 200, 200, p=0.9, mask=mask, target=target, transposed=transposed)
     problem.x.requires_grad_()
     seed = torch.tensor([1])

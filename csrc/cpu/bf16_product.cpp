@@ -1,4 +1,4 @@
-// The blocked product of product.cpp for pairs of bfloat16 values: both instructions that multiply them take two
+// The blocked product of product_blocks.h for pairs of bfloat16 values: both instructions that multiply them take two
 // neighbours of the depth at once, so b is packed as [depth / 2][column][2], a word of 32 bits for each pair. One
 // packing serves both; they differ in the inner loop alone.
 #include "bf16_product.h"
@@ -6,12 +6,12 @@
 #include <array>
 #include <cstdlib>
 #include <memory>
-#include <string_view>
 
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include "blocks.h"
+#include "isa.h"
 
 // Compilers that know both instructions.
 #if defined(MIXOUT_AVX512) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
@@ -34,7 +34,7 @@ using c10::BFloat16;
 
 // A tile of AMX is 16 rows of 64 bytes. Two tiles of a and two of b, four of c: all eight.
 constexpr int64_t kTileRows = 32;
-// 28 accumulators of 16, as in product.cpp.
+// 28 accumulators of 16, as in avx512.h.
 constexpr int64_t kDotRows = 14;
 constexpr int64_t kPanel = 32;     // columns of b that are packed side by side
 constexpr int64_t kDepthUnit = 32;  // of a tile, in elements
@@ -353,15 +353,6 @@ bool system_grants_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-Bf16Unit allowed_unit() {
-  const char* name = std::getenv("ONEDNN_MAX_CPU_ISA");
-  if (name == nullptr) name = std::getenv("DNNL_MAX_CPU_ISA");
-  const std::string_view isa = name == nullptr ? "" : name;
-  const auto has = [&](std::string_view part) { return isa.find(part) != std::string_view::npos; };
-  if (isa.empty() || has("AMX") || isa == "ALL" || isa == "DEFAULT") return Bf16Unit::tiles;
-  return has("BF16") || has("FP16") || has("AVX10") ? Bf16Unit::dot : Bf16Unit::none;
-}
-
 Bf16Unit best_unit() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return Bf16Unit::none;
@@ -370,9 +361,8 @@ Bf16Unit best_unit() {
   const bool tiles = (edx >> 22 & 1) && (edx >> 24 & 1);  // AMX-BF16, AMX-TILE
   __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
   const bool dot = eax >> 5 & 1;
-  const Bf16Unit allowed = allowed_unit();
-  if (tiles && allowed == Bf16Unit::tiles && system_grants_tiles()) return Bf16Unit::tiles;
-  return dot && allowed != Bf16Unit::none ? Bf16Unit::dot : Bf16Unit::none;
+  if (tiles && isa_allows("AMX") && system_grants_tiles()) return Bf16Unit::tiles;
+  return dot && isa_allows("AMX", "BF16", "FP16", "AVX10") ? Bf16Unit::dot : Bf16Unit::none;
 }
 
 }  // namespace

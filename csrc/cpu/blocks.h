@@ -6,6 +6,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#define MIXOUT_AVX2 __attribute__((target("avx2,fma")))
 #define MIXOUT_AVX512 __attribute__((target("avx512f")))
 #endif
 

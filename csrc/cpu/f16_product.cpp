@@ -1,4 +1,4 @@
-// The blocked product of product.cpp over float16 operands. Its sums stay in float32 beside the caches until the whole
+// The blocked product of product_blocks.h over float16 operands. Its sums stay in float32 beside the caches until the whole
 // depth is done, so b is packed over the whole depth and over fewer columns, as in bf16_product.cpp.
 #include "f16_product.h"
 
@@ -10,7 +10,13 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+#include "blocks.h"
+#include "isa.h"
+
+#ifdef MIXOUT_AVX512
+#include "avx512.h"
 #include "tiles.h"
+#endif
 
 namespace mixout::cpu {
 
@@ -24,7 +30,7 @@ using c10::Half;
 
 // Depth that is multiplied at once: a tile of a and a panel of b stay in L1.
 constexpr int64_t kDepth = 192, kDepthStride = kDepth + 16;
-// Elements of a packed block of b: 590 KB of an L2 cache of 1 MB, as in product.cpp.
+// Elements of a packed block of b: 590 KB of an L2 cache of 1 MB, as in product_blocks.h.
 constexpr int64_t kRightElements = 144 * 1024, kLeastColumns = 2 * kTileColumns;
 // Rows of b that are made at once, and how many before that, what they are made from is asked for.
 constexpr int64_t kRowsAtOnce = 8, kAhead = 16;
@@ -198,7 +204,8 @@ MIXOUT_HALVES void round_sums(
 
 bool f16_product_available() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         isa_allows("AVX512", "AVX10");
 }
 
 void multiply(

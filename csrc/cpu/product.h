@@ -7,11 +7,15 @@
 
 namespace mixout::cpu {
 
-// Whether this CPU and this build can multiply: the inner loop is written for AVX-512.
-bool product_available();
+// The vectors that the product is written for.
+enum class Vectors { none, avx2, avx512 };
 
-// Whether F.linear multiplies float32 with AVX-512 too: its library is MKL, which does so on Intel's CPUs alone.
-bool library_uses_avx512();
+// The widest that this CPU and this build have and ONEDNN_MAX_CPU_ISA allows.
+Vectors product_vectors();
+
+// Whether F.linear multiplies large float32 matrices faster: its library is MKL, which uses all that Intel's CPUs have,
+// and AVX2 on others.
+bool library_is_faster();
 
 // c [m, n] = a [m, depth] b [depth, n] + bias [n]; rows of c lie `n` apart. bias may be nullptr.
 // Every element is summed in an order that depends on its k alone, so the result does not depend on the threads.

@@ -1,31 +1,35 @@
-// The float32 tile of c in registers, and how threads share a product of such tiles: for every product that sums float32
-// in these, whatever it was packed from.
+// The tile of c in registers, and how threads share a product of such tiles.
+//
+// They are written once for all vectors: who includes this has included avx2.h or avx512.h before, which say what a
+// Vector is.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <utility>
 
 #include <ATen/Parallel.h>
 
 #include "blocks.h"
 #include "rows.h"
 
-#ifdef MIXOUT_AVX512
-
 namespace mixout::cpu {
 
-// Of c in registers: 28 accumulators of 16, which leaves four registers for a and b. One fused multiply-add in 28 waits
-// for nothing, so both units are busy: 99 % of their peak was measured on Zen 5 with a and b in L1.
-constexpr int64_t kTileRows = 14, kTileColumns = 32;
-// c [kRows, n <= 32] = a b over `depth`, plus c itself, or else `bias` if there is one.
+namespace {
+
+constexpr int64_t kTileRows = Vector::kTileRows, kTileColumns = 2 * Vector::kLanes;
+
+// c [kRows, n] = a b over `depth`, plus c itself, or else `bias` if there is one. b has kTileColumns columns, whatever
+// n is.
 template <int kRows>
-MIXOUT_AVX512 void tile(
+MIXOUT_VECTOR void tile(
     int64_t depth, const Strided<float>& a, const float* b, int64_t ldb, const float* bias, bool accumulate, float* c,
     int64_t ldc, int64_t n) {
-  const __mmask16 low = lanes(n), high = lanes(n - 16);
-  __m512 sum[kRows][2];
+  Vector::Type sum[kRows][2];
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    sum[r][0] = sum[r][1] = Vector::zero();
     __builtin_prefetch(c + r * ldc, 1);  // for the end: the products take longer than any cache
     __builtin_prefetch(c + r * ldc + kTileColumns - 1, 1);
   }
@@ -34,12 +38,12 @@ MIXOUT_AVX512 void tile(
   const float* left[kPointers];
   for (int i = 0; i < kPointers; ++i) left[i] = a.data + 3 * i * a.row;
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
-    const __m512 b0 = _mm512_maskz_loadu_ps(low, b), b1 = _mm512_maskz_loadu_ps(high, b + 16);
+    const auto b0 = Vector::load(b), b1 = Vector::load(b + Vector::kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const __m512 value = _mm512_set1_ps(left[r / 3][r % 3 * a.row]);
-      sum[r][0] = _mm512_fmadd_ps(value, b0, sum[r][0]);
-      sum[r][1] = _mm512_fmadd_ps(value, b1, sum[r][1]);
+      const auto value = Vector::broadcast(left[r / 3][r % 3 * a.row]);
+      sum[r][0] = Vector::multiply_add(value, b0, sum[r][0]);
+      sum[r][1] = Vector::multiply_add(value, b1, sum[r][1]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kPointers; ++i) left[i] += a.column;
@@ -47,17 +51,22 @@ MIXOUT_AVX512 void tile(
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
     if (const float* start = accumulate ? c + r * ldc : bias) {
-      sum[r][0] = _mm512_add_ps(sum[r][0], _mm512_maskz_loadu_ps(low, start));
-      sum[r][1] = _mm512_add_ps(sum[r][1], _mm512_maskz_loadu_ps(high, start + 16));
+      sum[r][0] = Vector::add(sum[r][0], Vector::load(start, n));
+      sum[r][1] = Vector::add(sum[r][1], Vector::load(start + Vector::kLanes, n - Vector::kLanes));
     }
-    _mm512_mask_storeu_ps(c + r * ldc, low, sum[r][0]);
-    _mm512_mask_storeu_ps(c + r * ldc + 16, high, sum[r][1]);
+    Vector::store(c + r * ldc, sum[r][0], n);
+    Vector::store(c + r * ldc + Vector::kLanes, sum[r][1], n - Vector::kLanes);
   }
 }
 
 using Tile = void (*)(int64_t, const Strided<float>&, const float*, int64_t, const float*, bool, float*, int64_t, int64_t);
-inline constexpr Tile kTiles[] = {tile<1>, tile<2>, tile<3>,  tile<4>,  tile<5>,  tile<6>,  tile<7>,
-                           tile<8>, tile<9>, tile<10>, tile<11>, tile<12>, tile<13>, tile<14>};
+
+// tile<1>, tile<2>, ...
+template <int... kBefore>
+constexpr std::array<Tile, sizeof...(kBefore)> tile_table(std::integer_sequence<int, kBefore...>) {
+  return {tile<kBefore + 1>...};
+}
+constexpr auto kTiles = tile_table(std::make_integer_sequence<int, kTileRows>());
 
 // How many threads lie side by side over the columns of c [m, n], and how many over its rows.
 struct Shares {
@@ -65,7 +74,7 @@ struct Shares {
 };
 
 // Threads share b by columns, and by rows of c what is left of them; each packs the columns that it multiplies.
-inline Shares shares_of(int64_t m, int64_t n, int64_t depth) {
+Shares shares_of(int64_t m, int64_t n, int64_t depth) {
   // Rows of c for which packing one row of b is as much work as multiplying.
   constexpr int64_t kPackingRows = 32;
   // Fused multiply-adds that a thread must have before another one is worth waking (about 10 us).
@@ -81,6 +90,6 @@ inline Shares shares_of(int64_t m, int64_t n, int64_t depth) {
   return {across, threads / across};
 }
 
-}  // namespace mixout::cpu
+}  // namespace
 
-#endif
+}  // namespace mixout::cpu

@@ -1,13 +1,14 @@
 """C++ kernels for CPU tensors (csrc/cpu).
 
-``schedule="fused"`` mixes inside the GEMM: float32 and float16 on CPUs with AVX-512, bfloat16 on those with AVX512_BF16
-or AMX. "staged" mixes in one vectorised pass and leaves the GEMM to the library behind ``F.linear``. What "auto" takes
-is measured (docs/performance.md):
+``schedule="fused"`` mixes inside the GEMM: float32 on CPUs with AVX2, float16 on those with AVX-512, bfloat16 on those
+with AVX512_BF16 or AMX. "staged" mixes in one vectorised pass and leaves the GEMM to the library behind ``F.linear``.
+What "auto" takes is measured (docs/performance.md):
 
-    float32   the library does not use AVX-512 (MKL on AMD's CPUs)   fused: its GEMM is twice as fast
-              it does (MKL on Intel's CPUs)                          fused below 256 rows, where mixing costs as much
+    float32   the library is MKL, on a CPU of Intel's                fused below 256 rows, where mixing costs as much
                                                                      as the GEMM; staged from there on, and where
                                                                      nothing is to be mixed
+              any other, which MKL serves by AVX2 alone              fused: its GEMM is as fast with AVX2, and up to
+                                                                     twice as fast with AVX-512
     bfloat16  AVX512_BF16 (vdpbf16ps)                                fused
               AMX                                                    fused below 2048 rows
     float16   the library has no instruction for it                  fused: widened while packed, summed in float32
@@ -21,7 +22,7 @@ round the operands of a float32 product to bfloat16, which it does with AMX and 
 does the same, and "auto" follows the rule of bfloat16. What is set counts in forward and in backward by itself, as for
 ``F.linear``.
 
-``ONEDNN_MAX_CPU_ISA``, which holds the library to older instructions, holds the bfloat16 GEMM to the same.
+``ONEDNN_MAX_CPU_ISA``, which holds the library to older instructions, holds our GEMMs to the same.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from .contract import MixedWeight, WeightGradient
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
-_HAS_PRODUCT = _C is not None and _C.cpu_product_available()
+_HAS_PRODUCT = _C is not None and _C.cpu_product_vectors() != "none"
 _BF16_UNIT = "none" if _C is None else _C.cpu_bf16_unit()  # or "dot" (vdpbf16ps), or "tiles" (AMX)
 _HAS_F16_PRODUCT = _C is not None and _C.cpu_f16_product_available()
 _LIBRARY_MULTIPLIES_F16 = _C is not None and _C.cpu_library_multiplies_f16()
-_LIBRARY_USES_AVX512 = _C is not None and _C.cpu_library_uses_avx512()
+_LIBRARY_IS_FASTER = _C is not None and _C.cpu_library_is_faster()
 _STAGED_FROM_ROWS = 256
 _STAGED_FROM_ROWS_WITH_AMX = 2048
 
@@ -72,7 +73,7 @@ def premixing_pays(compute: torch.dtype) -> bool:
     # Where multiplying takes longer than reading w and u, the fused GEMM mixes at next to no cost. In bfloat16 it does
     # not: on Zen 4 a pass packs Phi in 0.4 to 0.9 ms and multiplies in 2.8, at 512 rows and 384 x 1536.
     fast = {torch.bfloat16: True, torch.float16: _LIBRARY_MULTIPLIES_F16}
-    return "fused" not in schedules(compute) or fast.get(compute, _LIBRARY_USES_AVX512)
+    return "fused" not in schedules(compute) or fast.get(compute, _LIBRARY_IS_FASTER)
 
 
 def keep_mask(draw: Draw, shape: Sequence[int]) -> Tensor:
@@ -132,7 +133,7 @@ def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
         return _BF16_UNIT == "dot" or left.numel() < _STAGED_FROM_ROWS_WITH_AMX * left.shape[-1]
     if left.dtype == torch.float16:
         return not _LIBRARY_MULTIPLIES_F16
-    return not _LIBRARY_USES_AVX512 or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])
+    return not _LIBRARY_IS_FASTER or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])
 
 
 def _may_round() -> bool:

@@ -9,7 +9,7 @@ from mixout_kernels import _extension, backends
 
 @contextmanager
 def products_of_f_linear() -> Iterator[None]:
-    """The CPU backend without its fused products, of any dtype, as on a CPU without AVX-512.
+    """The CPU backend without its fused products, of any dtype, as on a CPU without AVX2.
 
     The order of summation is then F.linear's, and masks, targets and their lives can be compared bit for bit with plain
     models.
@@ -33,5 +33,5 @@ def _products_of_f_linear(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
         return
     if _extension.load()[0] is not None and "fused" not in backends.load("cpu").schedules(torch.float32):
-        pytest.skip("NO AVX-512 HERE: there is no fused product on this CPU")
+        pytest.skip("NO AVX2 HERE: there is no fused product on this CPU")
     yield
