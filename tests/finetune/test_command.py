@@ -90,6 +90,18 @@ def test_report(options: dict[str, str], capsys: pytest.CaptureFixture[str], tmp
         assert len(plot.convert("RGB").getcolors(1 << 20)) > 10  # not blank
 
 
+def test_a_report_in_bfloat16_names_the_attention_of_each_variant(
+    options: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(options, precision="bfloat16", restarts="1") == 0
+    printed, text = capsys.readouterr(), (tmp_path / "results" / "report.md").read_text()
+    assert "12 tokens, bfloat16." in text
+    (line,) = [line for line in text.splitlines() if line.startswith("- Attention: for each variant")]
+    assert len(re.findall(r"(sdpa|eager) for [^;]+ \(sdpa \d+, eager \d+\)", line)) == 3
+    assert line.removeprefix("- ") in printed.err
+    assert line in printed.out
+
+
 def test_summary_of_known_results() -> None:
     def result(variant: Variant, restart: int, accuracy: float | None, seconds: list[float]) -> Result:
         failure = "the loss became nan at step 2" if accuracy is None else None
