@@ -156,7 +156,7 @@ def _describe(kernel: triton.compiler.CompiledKernel, configuration: str, arch: 
         shared=kernel.metadata.shared,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         tensor_core=len(re.findall(rf"\b{TENSOR_CORES[arch]}\b", sass)),
-        any_tensor_core=len(re.findall(r"\b\w*MMA\b", sass)),
+        any_tensor_core=len(re.findall(rf"\b(?:{'|'.join(TENSOR_CORES.values())})\b", sass)),  # not HFMA2.MMA
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", sass)),
     )
 
