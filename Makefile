@@ -24,7 +24,7 @@ CORE := tests --ignore=tests/triton --ignore=tests/cuda
 
 .PHONY: help test test-all test-core test-triton test-cuda test-zoo test-torch lint format dist docs finetune
 .PHONY: experiments $(EXPERIMENTS:%=experiment-%) bench
-.PHONY: bench-step bench-neighbours bench-distributed host-time picture codegen codegen-triton codegen-cuda gpu mutants
+.PHONY: bench-host bench-step bench-neighbours bench-distributed host-time picture codegen codegen-triton codegen-cuda gpu mutants
 .PHONY: sanitize clean
 .DEFAULT_GOAL := help
 
@@ -100,6 +100,9 @@ $(EXPERIMENTS:%=experiment-%): experiment-%: $(BUILT)
 
 bench: $(BUILT)  ## the layers: pytest-benchmark, a table and a plot
 	$(PY) -m benchmarks.layers --output $(OUT)/bench $(ARGS)
+
+bench-host: $(BUILT)  ## what a layer costs the host: forward and backward of 2 x 4 x 4, over nn.Linear's
+	$(PY) -m tools.small_layer $(ARGS)
 
 bench-step: $(BUILT)  ## whole training steps: a table and a plot
 	$(PY) -m benchmarks.step --output $(OUT)/step $(ARGS)

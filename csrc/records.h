@@ -8,6 +8,7 @@
 
 #include "cpu/draw.h"
 #include "gpu/draw.h"
+#include "plan.h"
 
 namespace mixout {
 
@@ -20,11 +21,12 @@ inline bool is_record(pybind11::handle value, Py_ssize_t fields) {
   return PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == fields;
 }
 
-// A seed on the host is read here, one on a device by the kernels.
-inline void read_seed(const at::Tensor& seed, cpu::Draw& draw) {
-  draw.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+inline c10::SmallVector<int64_t, 4> integers(pybind11::handle source) {
+  c10::SmallVector<int64_t, 4> values;
+  for (const pybind11::handle value : pybind11::reinterpret_borrow<pybind11::sequence>(source))
+    values.push_back(pybind11::cast<int64_t>(value));
+  return values;
 }
-inline void read_seed(const at::Tensor& seed, gpu::Draw& draw) { draw.seed = seed; }
 
 }  // namespace mixout
 
@@ -49,11 +51,9 @@ struct draw_caster {
   bool load(handle source, bool) {
     using mixout::field;
     if (!mixout::is_record(source, 4)) return false;
-    mixout::read_seed(field<at::Tensor>(source, 0), value);
+    read_seed(field<at::Tensor>(source, 0), value);
     value.p = field<double>(source, 1);
-    value.strides.clear();
-    for (const handle stride : reinterpret_borrow<sequence>(PyTuple_GET_ITEM(source.ptr(), 2)))
-      value.strides.push_back(pybind11::cast<int64_t>(stride));
+    value.strides = mixout::integers(PyTuple_GET_ITEM(source.ptr(), 2));
     value.offset = field<int64_t>(source, 3);
     return true;
   }
@@ -84,6 +84,34 @@ struct type_caster<mixout::WeightGradient<Draw>> {
     using mixout::field;
     if (!mixout::is_record(source, 3)) return false;
     value = {field<Draw>(source, 0), field<double>(source, 1), field<std::optional<int64_t>>(source, 2)};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<mixout::LinearCall> {
+  PYBIND11_TYPE_CASTER(mixout::LinearCall, const_name("LinearCall"));
+  bool load(handle source, bool) {
+    using mixout::field;
+    if (!mixout::is_record(source, 11)) return false;  // the schedule is for Python alone
+    const auto shape = mixout::integers(PyTuple_GET_ITEM(source.ptr(), 0));
+    if (shape.size() != 2) return false;
+    value = {
+        shape[0], shape[1], field<at::ScalarType>(source, 1), field<std::optional<at::ScalarType>>(source, 2),
+        field<at::ScalarType>(source, 3), field<double>(source, 4),
+        mixout::integers(PyTuple_GET_ITEM(source.ptr(), 5)), field<int64_t>(source, 6), field<double>(source, 7),
+        field<double>(source, 8), field<std::optional<int64_t>>(source, 9)};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<mixout::FusedRule> {
+  PYBIND11_TYPE_CASTER(mixout::FusedRule, const_name("FusedRule"));
+  bool load(handle source, bool) {
+    using mixout::field;
+    if (!mixout::is_record(source, 3)) return false;
+    value = {field<int64_t>(source, 0), field<int64_t>(source, 1), field<bool>(source, 2)};
     return true;
   }
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import backends, checks, ops, reference
 from .backends import MixedWeight, WeightGradient
-from .draws import Draw, GradientMask, Mask, column_capacity, scale_of, shares_columns, strides_of
+from .draws import Draw, GradientMask, Mask, Strides, column_capacity, scale_of, shares_columns, strides_of
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 Schedule = Literal["fused", "staged"]
@@ -110,11 +111,16 @@ def sampled_linear(
     ``phi.operand`` (Phi in the compute dtype) and ``kept_input`` are used where the caller has them already.
     """
     dtype = compute_dtype(input)
-    if input.dtype != dtype:
-        input = input.to(dtype)
     weight, target, operand, draw = phi
     backend, schedule = backends.selected(backend, schedule)
     chosen = _choose(backend, schedule, weight, target, dtype)
+    if not torch.compiler.is_compiling():
+        plan = _plan_of(chosen, schedule, weight, target, dtype, draw.p, draw.strides, draw.offset, gradient)
+        found = plan and plan(input, weight, target, bias, operand, None, kept_input, draw.seed)
+        if found:
+            return found[:2]
+    if input.dtype != dtype:
+        input = input.to(dtype)
     if chosen == "reference" or weight.numel() == 0 or input.numel() == 0:
         bias = None if bias is None else bias.to(dtype)
         return F.linear(input, reference.mixed_weight(*phi, gradient, dtype), bias), None
@@ -127,6 +133,19 @@ def sampled_linear(
     wanted = WeightGradient(draw.at(q), scale, _saved_width(weight, draw, q))
     phi = MixedWeight(weight, target, operand, draw)
     return ops.mix_linear(input, phi, bias, kept_input, wanted, chosen, schedule or "auto")
+
+
+def linear_plan(
+    input: Tensor, weight: Tensor, target: Tensor | None, p: float, strides: Strides, gradient: GradientMask
+) -> backends.LinearPlan | None:
+    """What :func:`sampled_linear` has just called for these, for a caller that comes again.
+
+    It is of the ``kernels`` context, p, strides and gradient; that a tensor is of another kind the plan itself sees.
+    """
+    dtype = compute_dtype(input)
+    backend, schedule = backends.present()
+    chosen = _choose(backend, schedule, weight, target, dtype)
+    return _plan_of(chosen, schedule, weight, target, dtype, p, strides, 0, gradient)
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
@@ -266,6 +285,33 @@ def _choose(
         return "reference"
     target_dtype = weight.dtype if target is None else target.dtype
     return backends.choose(backend, schedule, weight.device.type, weight.dtype, target_dtype, compute)
+
+
+def _plan_of(
+    chosen: str,
+    schedule: str | None,
+    weight: Tensor,
+    target: Tensor | None,
+    dtype: torch.dtype,
+    p: float,
+    strides: Strides,
+    offset: int,
+    gradient: GradientMask,
+) -> backends.LinearPlan | None:
+    if chosen == "reference" or weight.numel() == 0:
+        return None
+    target_dtype = None if target is None else target.dtype
+    width: int | None = 0
+    if gradient.q < 1 and shares_columns(strides):
+        width = None if chosen == "cpu" else column_capacity(weight.shape[1], gradient.q)  # as in _saved_width
+    dtypes = weight.dtype, target_dtype, dtype
+    call = backends.LinearCall(weight.shape, *dtypes, p, strides, offset, *gradient, width, schedule or "auto")
+    return _plan(chosen, call)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(chosen: str, call: backends.LinearCall) -> backends.LinearPlan | None:
+    return backends.load(chosen).linear_plan(call)
 
 
 def _saved_width(weight: Tensor, draw: Draw, q: float) -> int | None:

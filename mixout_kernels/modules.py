@@ -15,9 +15,12 @@ from .draws import Mask
 from .fixed_columns import fixed_columns_linear, training_columns
 from .functional import mix_linear
 from .pieces import is_distributed
+from .planned import LastCall
 
 # What a mixed layer has and a plain one has not.
-_SETTINGS = ("p", "grad_p", "rescale", "mask", "target", "block", "columns", "slot", "host_target", "gathered")
+_SETTINGS = (
+    "p", "grad_p", "rescale", "mask", "target", "block", "columns", "slot", "host_target", "gathered", "last_call"
+)  # fmt: skip
 
 
 class MixedLayer(nn.Module):
@@ -41,6 +44,7 @@ class MixedLayer(nn.Module):
     slot: Any = None  # this layer's place in a MixSampler
     host_target: bool = False  # a sampler keeps the target in host memory: it stays where it is
     gathered: Any = None  # by FSDP2: Phi, in place of the weight
+    last_call: LastCall | None = None  # in training, without a sampler
     plain_class: ClassVar[type[nn.Module]]  # what ``to_plain`` goes back to
     weight: Tensor
     bias: Any  # a Parameter or None; Any, since it is Linear that says so
@@ -64,6 +68,13 @@ class MixedLayer(nn.Module):
         mixes = self.p > 0 or self.grad_p > 0
         if not self.training or not (mixes or self.columns is not None):
             return F.linear(input, self.matrix(weight), self.bias)
+        if self.columns is None and self.gathered is None and not torch.compiler.is_compiling():
+            last_call = self.last_call if self.slot is None else self.slot
+            if last_call is not None:
+                target_matrix = None if target is None else self.matrix(target)
+                y = last_call.again(self, input, self.matrix(weight), target_matrix, self.bias)
+                if y is not None:
+                    return y
         if isinstance(input, torch.fx.Proxy):
             raise TypeError(
                 f"{type(self).__name__}: input: expected a tensor, got a torch.fx.Proxy: a layer that draws masks is "
@@ -84,9 +95,12 @@ class MixedLayer(nn.Module):
             weight = training_columns(weight, columns)
         if self.slot is not None:
             return self.slot(input, weight, target, self.bias)
-        return mix_linear(
+        y = mix_linear(
             input, weight, target, self.bias, p=self.p, grad_p=self.grad_p, rescale=self.rescale, mask=self.mask
         )
+        if not torch.compiler.is_compiling():
+            self.__dict__["last_call"] = LastCall(self, input, weight, target)
+        return y
 
     def _check_sharded(self) -> None:
         whole = self.target is not None and not is_distributed(self.target)

@@ -133,15 +133,11 @@ def mix_linear(
 
     Forward and backward of a 2 x 4 x 4 layer took 212 us through the registered operator with its generated autograd
     kernel, 112 us through :class:`MixLinearFunction` and 46 us for F.linear (torch 2.13, one Zen 4 core): with the 144
-    layers of BERT-large that is a large part of a training step on a GPU. Where a backend records the layer in C++,
-    docs/performance.md has what is left.
+    layers of BERT-large that is a large part of a training step on a GPU. What a backend's ``linear_plan`` takes over
+    does not come here.
     """
     weight, target, operand, (seed, p, strides, offset) = phi
     intercepted = _is_intercepted(input, weight)
-    if torch.is_grad_enabled() and not intercepted:
-        recorded = backends.load(backend).recorded_linear(input, phi, bias, kept_input, gradient, schedule)
-        if recorded is not None:
-            return recorded
     if bias is not None and (bias.dtype != input.dtype or not bias.is_contiguous()):
         bias = bias.to(input.dtype).contiguous()  # a fused GEMM reads it by its address
     settings = Settings(p, strides, offset, gradient.draw.p, gradient.scale, gradient.width, backend, schedule)
@@ -205,7 +201,7 @@ def _backward(
 
 
 class MixLinearFunction(torch.autograd.Function):
-    """Forward and backward without the dispatcher, for backends that do not record the layer themselves."""
+    """Forward and backward without the dispatcher, for backends without a ``linear_plan``."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,11 @@ struct Draw {
   bool by_column() const { return strides.size() == 2 && strides[0] == 0 && strides[1] == 1; }
 };
 
+// A seed on the host is read at once.
+inline void read_seed(const Tensor& seed, Draw& draw) {
+  draw.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+}
+
 using MixedWeight = mixout::MixedWeight<Draw>;
 using WeightGradient = mixout::WeightGradient<Draw>;
 

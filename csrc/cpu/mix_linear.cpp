@@ -119,6 +119,7 @@ std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
 
 // [..., n] as [rows, n] with contiguous rows; the rows are counted, since reshape cannot infer them when n is 0.
 Tensor rows_of(const Tensor& t) {
+  if (t.dim() == 2 && t.stride(1) == 1 && !t.is_neg()) return t;  // each call below goes through the dispatcher
   const auto leading = t.sizes().slice(0, t.dim() - 1);
   const Tensor rows = t.resolve_neg().reshape({c10::multiply_integers(leading), t.size(-1)});
   return rows.stride(1) == 1 ? rows : rows.contiguous();
@@ -162,6 +163,7 @@ std::tuple<Tensor, Tensor> mix_linear(
   if (fused && may_round && is_rounded(x, phi.weight)) left = left.to(at::kBFloat16);
   const Tensor y = fused ? fused_forward(left, phi, only, bias, x.scalar_type())
                          : staged_forward(only ? left : input, left, in_memory(phi, only, x.scalar_type()), bias);
+  if (input.dim() == 2) return {y, saved};
   return {at::_unsafe_view(y, with_last(input.sizes(), phi.weight.size(0))), saved};
 }
 
@@ -182,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_linear_backward(
   if (needs_dx) {
     dx = input_gradient(left, phi, only, fused, g.scalar_type());
     if (only) dx = scatter(dx, *only, weight.size(1));
-    dx = dx.view(with_last(grad.sizes(), weight.size(1)));
+    if (grad.dim() != 2) dx = dx.view(with_last(grad.sizes(), weight.size(1)));
   }
   if (needs_dw && gradient.draw.by_column()) {
     const bool same = only && gradient.draw == phi.draw;

@@ -21,6 +21,9 @@ struct Draw {
   bool by_column() const { return strides.size() == 2 && strides[0] == 0 && strides[1] == 1; }
 };
 
+// A seed on a device is read by the kernels.
+inline void read_seed(const Tensor& seed, Draw& draw) { draw.seed = seed; }
+
 using MixedWeight = mixout::MixedWeight<Draw>;
 using WeightGradient = mixout::WeightGradient<Draw>;
 

@@ -6,8 +6,8 @@ gpu_linear.py    the linear layer put together from the primitives of a GPU back
 cpu.py, cuda/, triton/
 """
 
-from .choice import BACKENDS, KERNELS, PREFERENCE, SCHEDULES, Choice, choose, kernels, load, selected
-from .contract import Backend, MixedWeight, WeightGradient
+from .choice import BACKENDS, KERNELS, PREFERENCE, SCHEDULES, Choice, choose, kernels, load, present, selected
+from .contract import Backend, LinearCall, LinearPlan, MixedWeight, WeightGradient
 
 __all__ = [
     "BACKENDS",
@@ -16,10 +16,13 @@ __all__ = [
     "SCHEDULES",
     "Backend",
     "Choice",
+    "LinearCall",
+    "LinearPlan",
     "MixedWeight",
     "WeightGradient",
     "choose",
     "kernels",
     "load",
+    "present",
     "selected",
 ]

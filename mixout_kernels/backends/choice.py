@@ -95,16 +95,22 @@ def _enter(choice: Choice) -> None:
         _of_the_process = next(iter(_by_thread.values()), _FREE)
 
 
+def present() -> Choice:
+    """What the ``kernels`` context of this thread says, for code that is not compiled."""
+    choice: Choice = getattr(_thread, "choice", _FREE)
+    return choice
+
+
 def selected(backend: str | None, schedule: str | None) -> Choice:
     """What a call is to use that was given these two arguments."""
     if torch.compiler.is_compiling():
-        present = _of_the_process
+        choice = _of_the_process
         _check_the_thread_agrees()
     else:
-        present = getattr(_thread, "choice", _FREE)
+        choice = present()
     if backend is None and schedule is None:
-        return present
-    return Choice(backend or present.backend, schedule or present.schedule)
+        return choice
+    return Choice(backend or choice.backend, schedule or choice.schedule)
 
 
 def _check_the_thread_agrees() -> bool:

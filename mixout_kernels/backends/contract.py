@@ -6,13 +6,13 @@ Arguments were checked in ``functional``; p is below 1 wherever a kernel mixes, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..draws import Draw
+from ..draws import Draw, Strides
 
 
 class MixedWeight(NamedTuple):
@@ -40,6 +40,67 @@ class WeightGradient(NamedTuple):
     draw: Draw
     scale: float
     width: int | None
+
+
+class LinearCall(NamedTuple):
+    """What is the same in many calls of the layer: everything but the tensors. csrc/records.h reads it."""
+
+    shape: tuple[int, ...]  # of the weight, [out, in]
+    weight: torch.dtype
+    target: torch.dtype | None
+    compute: torch.dtype
+    p: float
+    strides: Strides
+    offset: int
+    q: float
+    scale: float
+    width: int | None  # as WeightGradient has it, where a gradient of the weight is wanted
+    schedule: str
+
+
+ALL_ROWS = 2**62
+
+
+class FusedRule(NamedTuple):
+    """Which calls fuse: those of fewer rows than this, where the weight is to be mixed and where the operand is there.
+
+    ``aligned``: only where every address is a multiple of 16, and every size of the weight one of 8.
+    """
+
+    rows: int
+    rows_with_operand: int
+    aligned: bool = False
+
+    @classmethod
+    def of(cls, schedule: str, auto: FusedRule) -> FusedRule:
+        """For "fused", for "staged", or for "auto"."""
+        rows = ALL_ROWS if schedule == "fused" else 0
+        return auto if schedule == "auto" else cls(rows, rows)
+
+
+class LinearPlan(Protocol):
+    """The layer for calls of one kind, made in C++ (csrc/plan.h) so that nothing is decided in a call of it."""
+
+    @property
+    def compute(self) -> torch.dtype: ...
+
+    def __call__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        target: Tensor | None,
+        bias: Tensor | None,
+        operand: Tensor | None,
+        cast: Tensor | None,
+        kept_input: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """y, x[:, kept], and the input in the compute dtype; None where this call is of another kind.
+
+        That is: arguments that do not fit, of which Python says what is wrong; other dtypes; something that traces,
+        transforms or intercepts operators. ``cast`` and ``kept_input`` are what a sibling got of this input; a seed
+        that is None is drawn. A bias of another dtype is cast here, and db comes back in its own.
+        """
 
 
 class Backend(Protocol):
@@ -84,20 +145,20 @@ class Backend(Protocol):
         ``ReLU(inplace=True)``, on a view that a Function returns.
         """
 
-    def recorded_linear(
+    def mixer(
         self,
-        input: Tensor,
-        phi: MixedWeight,
-        bias: Tensor | None,
-        kept_input: Tensor | None,
-        gradient: WeightGradient,
-        schedule: str,
-    ) -> tuple[Tensor, Tensor] | None:
-        """``mix_linear`` as autograd records it, or None where that is left to ``ops.MixLinearFunction``.
+        outs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        targets: Sequence[Tensor | None],
+        draws: Sequence[Draw],
+    ) -> Callable[[], None]:
+        """``mixout_list`` of these with the values that they, and the seeds, have at each call.
 
-        ``kept_input`` is the x[:, kept] that a sibling has gathered; ``gradient.width`` is then that of it. A bias of
-        another dtype than the input's is cast here, unlike that of the other functions, and db comes back in its own.
+        It may hold their addresses: it is for as long as none of them lies elsewhere.
         """
+
+    def linear_plan(self, call: LinearCall) -> LinearPlan | None:
+        """``mix_linear`` as autograd records it; None where that is left to ``ops.MixLinearFunction``."""
 
     def mix_linear_backward(
         self,

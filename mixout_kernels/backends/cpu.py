@@ -27,7 +27,7 @@ does the same, and "auto" follows the rule of bfloat16. What is set counts in fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..draws import Draw
-from .contract import MixedWeight, WeightGradient
+from .contract import ALL_ROWS, FusedRule, LinearCall, LinearPlan, MixedWeight, WeightGradient
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _C: Any = _extension.load()[0]
@@ -93,21 +93,22 @@ def mixout_list(
     _C.cpu_mixout_list(outs, weights, targets, draws)
 
 
+def mixer(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], targets: Sequence[Tensor | None], draws: Sequence[Draw]
+) -> Callable[[], None]:
+    return lambda: mixout_list(outs, weights, targets, draws)
+
+
 def mix_linear(
     input: Tensor, phi: MixedWeight, bias: Tensor | None, gradient: WeightGradient, schedule: str
 ) -> tuple[Tensor, Tensor]:
     return _C.cpu_mix_linear(input, phi, bias, gradient, _is_fused(schedule, input, phi), _may_round())
 
 
-def recorded_linear(
-    input: Tensor,
-    phi: MixedWeight,
-    bias: Tensor | None,
-    kept_input: Tensor | None,
-    gradient: WeightGradient,
-    schedule: str,
-) -> tuple[Tensor, Tensor]:
-    return _C.cpu_recorded_linear(input, phi, bias, kept_input, gradient, _is_fused(schedule, input, phi), _may_round())
+def linear_plan(call: LinearCall) -> LinearPlan:
+    rules = _fused_rule(call.schedule, call.compute), _fused_rule(call.schedule, call.compute, rounded=True)
+    plan: LinearPlan = _C.CpuPlan(call, *rules, _may_round())
+    return plan
 
 
 def mix_linear_backward(
@@ -124,16 +125,24 @@ def mix_linear_backward(
 
 def _is_fused(schedule: str, left: Tensor, phi: MixedWeight) -> bool:
     """Whether to fuse, for the input or the gradient ``left`` ``[..., features]``: both have the same rows."""
-    if schedule != "auto":
-        return schedule == "fused"
-    if "fused" not in schedules(left.dtype):
-        return False
-    rounded = left.dtype == torch.float32 and _may_round() and _C.cpu_float32_may_be_rounded()
-    if left.dtype == torch.bfloat16 or rounded:
-        return _BF16_UNIT == "dot" or left.numel() < _STAGED_FROM_ROWS_WITH_AMX * left.shape[-1]
-    if left.dtype == torch.float16:
-        return not _LIBRARY_MULTIPLIES_F16
-    return not _LIBRARY_IS_FASTER or (phi.operand is None and left.numel() < _STAGED_FROM_ROWS * left.shape[-1])
+    rounded = _may_round() and _C.cpu_float32_may_be_rounded()
+    rule = _fused_rule(schedule, left.dtype, rounded)
+    rows = rule.rows if phi.operand is None else rule.rows_with_operand
+    return left.numel() < rows * left.shape[-1]
+
+
+def _fused_rule(schedule: str, compute: torch.dtype, rounded: bool = False) -> FusedRule:
+    """``rounded``: float32 is rounded to bfloat16, of which products then are."""
+    if "fused" not in schedules(compute):
+        return FusedRule(0, 0)
+    rows = rows_with_operand = ALL_ROWS
+    if compute == torch.bfloat16 or (compute == torch.float32 and rounded):
+        rows = rows_with_operand = ALL_ROWS if _BF16_UNIT == "dot" else _STAGED_FROM_ROWS_WITH_AMX
+    elif compute == torch.float16:
+        rows = rows_with_operand = 0 if _LIBRARY_MULTIPLIES_F16 else ALL_ROWS
+    elif _LIBRARY_IS_FASTER:
+        rows, rows_with_operand = _STAGED_FROM_ROWS, 0
+    return FusedRule.of(schedule, FusedRule(rows, rows_with_operand))
 
 
 def _may_round() -> bool:

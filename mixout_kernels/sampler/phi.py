@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import backends
 from ..draws import Draw
@@ -15,13 +14,14 @@ from ..modules import MixedLayer
 from . import host_memory
 from .layers import LayerDraw
 from .seeds import Seeds
+from .snapshot import Snapshot
 
 
 class Phi:
     """One layer's mixed weight, and what it was made from.
 
-    That is: the draw (seed, p, strides) and its number, the compute dtype, the kernels asked for, and of weight and
-    target the storage, the address in it and autograd's version.
+    That is: the draw (seed, p, strides) and its number, the compute dtype, the kernels asked for, and a snapshot of
+    weight and target.
     """
 
     def __init__(self, layer: MixedLayer, draw: LayerDraw) -> None:
@@ -33,10 +33,8 @@ class Phi:
         self.kernels = backends.Choice(None, None)  # of the ``kernels`` context of the last forward
         self.made_by: Draw | None = None
         self.parameter: nn.Parameter | None = None
-        self._sources: tuple[Any, ...] = ()
-        self._moment: tuple[Any, ...] = ()
-        self._addresses: tuple[Any, ...] = ()
-        self._storages: list[StorageWeakRef] = []
+        self._snapshot: Any = None
+        self._number: int | None = None  # of its draw
         self.look_at_weight()
 
     def look_at_weight(self) -> None:
@@ -54,11 +52,12 @@ class Phi:
 
     def is_chosen_for(self, dtype: torch.dtype, draw: Draw, kernels: backends.Choice) -> bool:
         """Whether backend and room are those of such a call, and weight and target lie where they lay."""
-        return self.made_by is draw and self._sources == (dtype, kernels, *map(_place, self._tensors()))
+        same = self.made_by is draw and self.dtype == dtype and self.kernels == kernels
+        return same and self._snapshot.is_place_of(*self._tensors())
 
     def is_of(self, number: int) -> bool:
         """Whether it is of the ``number``-th draw and of the present values."""
-        return self._moment == (number, *map(_version, self._tensors()))
+        return self._number == number and self._snapshot.has_values_of(*self._tensors())
 
     def choose(self, dtype: torch.dtype, draw: Draw, kernels: backends.Choice, wanted: bool | None) -> None:
         """Picks the backend that mixes this layer, and makes room for its Phi.
@@ -67,12 +66,8 @@ class Phi:
         """
         weight, target = self._tensors()
         assert weight is not None
-        self.dtype, self.kernels, self.made_by, self._moment = dtype, kernels, draw, ()
-        self._sources = dtype, kernels, *map(_place, (weight, target))
-        self._addresses = tuple(map(_address, (weight, target)))
-        # An address alone proves nothing: .bfloat16() and .float() in a row may end where they began. While a storage
-        # is weakly referred to, no other one gets its identity.
-        self._storages = [StorageWeakRef(t.untyped_storage()) for t in (weight, target) if t is not None]
+        self.dtype, self.kernels, self.made_by, self._number = dtype, kernels, draw, None
+        self._snapshot = Snapshot(weight, target)
         backend = "reference"
         if 0 < draw.p < 1 and weight.numel() > 0 and not (target is None and draw.by_column):
             target_dtype = weight.dtype if target is None else target.dtype
@@ -90,33 +85,17 @@ class Phi:
                 self.mixed = torch.empty_like(self.layer.matrix(weight.detach()), dtype=dtype)
 
     def made_at(self, number: int) -> None:
-        self._moment = number, *map(_version, self._tensors())
+        self._number = number
+        self._snapshot.note_values(*self._tensors())
 
     def still_fits(self) -> bool:
-        """Whether the choice of the last forward holds: a look at addresses, for every layer after every step.
-
-        Where it overlooks another storage at the same address, the next forward does not.
-        """
-        if self.parameter is None or not self.is_whole:
+        """Whether the choice of the last forward holds: a look at every layer after every step."""
+        if not self.is_whole or self.parameter is None or not self._snapshot.is_place_of(*self._tensors()):
             return False
-        addresses = _address(self.parameter), _address(self.layer.target)
-        shape = self.layer.matrix(self.parameter).shape
-        return self._addresses == addresses and self.draw.now(shape)[0] is self.made_by
+        return self.draw.now(self.layer.matrix(self.parameter).shape)[0] is self.made_by
 
     def _tensors(self) -> tuple[Tensor | None, Tensor | None]:
         return self.layer._parameters.get("weight"), self.layer.target
-
-
-def _place(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor.untyped_storage()._cdata, tensor.data_ptr())
-
-
-def _address(tensor: Tensor | None) -> tuple[int, torch.dtype, torch.Size] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor._version
 
 
 class MixedAhead:
@@ -127,7 +106,7 @@ class MixedAhead:
         self.wanted = wanted  # None: where it pays
         self.host_targets = host_targets
         self._seeds = seeds
-        self._batches: list[list[Phi]] | None = None
+        self._batches: list[_Batch] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -142,8 +121,14 @@ class MixedAhead:
             phi.choose(dtype, draw, kernels, self.wanted)
             self._batches = None
         if phi.backend is not None and not phi.is_of(self._seeds.draws):
-            self._mix([phi])
+            self._mix(self._batch([phi]))
         return phi.mixed
+
+    def is_ready(self, phi: Phi, dtype: torch.dtype, draw: Draw, kernels: backends.Choice) -> bool:
+        """Whether ``phi.mixed``, as it is, is the :meth:`operand` of such a call."""
+        if self.wanted is False or not phi.is_whole:
+            return phi.mixed is None
+        return phi.is_chosen_for(dtype, draw, kernels) and (phi.backend is None or phi.is_of(self._seeds.draws))
 
     def refresh(self) -> None:
         """Mixes all layers anew that have been called: the draw or the weights are other ones.
@@ -168,35 +153,57 @@ class MixedAhead:
         for batch in self._batches:
             self._mix(batch)
 
-    def _find_batches(self) -> list[list[Phi]]:
+    def _find_batches(self) -> list[_Batch]:
         batches: dict[Any, list[Phi]] = {}
         for phi in self.phis:
             if phi.backend is not None and phi.parameter is not None:
                 target = phi.layer.target
                 dtypes = phi.parameter.dtype, None if target is None else target.dtype, phi.dtype
                 batches.setdefault((phi.backend, phi.parameter.device, dtypes), []).append(phi)
-        return list(batches.values())
+        return [self._batch(batch) for batch in batches.values()]
 
-    def _mix(self, batch: list[Phi]) -> None:
-        backend = backends.load(str(batch[0].backend))
+    def _batch(self, phis: list[Phi]) -> _Batch:
+        return _Batch(phis, None if self.host_targets else _mixer(phis, _targets(phis)))
+
+    def _mix(self, batch: _Batch) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            for phis, targets in self._pieces(batch):
-                outs = [phi.mixed for phi in phis if phi.mixed is not None]
-                draws = [phi.made_by for phi in phis if phi.made_by is not None]
-                weights = [phi.layer.matrix(w) for phi in phis if (w := phi.parameter) is not None]
-                backend.mixout_list(outs, weights, targets, draws)
-                # Written behind autograd's back: a backward that needs the old Phi must fail, not use the new.
-                torch.autograd.graph.increment_version(outs)
-        for phi in batch:
+            if batch.mix is not None:
+                batch.mix()
+            else:
+                for phis, targets in _pieces(batch.phis):
+                    _mixer(phis, targets)()
+            # Written behind autograd's back: a backward that needs the old Phi must fail, not use the new.
+            torch.autograd.graph.increment_version([phi.mixed for phi in batch.phis if phi.mixed is not None])
+        for phi in batch.phis:
             phi.made_at(self._seeds.draws)
 
-    def _pieces(self, batch: list[Phi]) -> Iterator[tuple[list[Phi], list[Tensor | None]]]:
-        """Layers to mix in one launch, and their targets on the device: all at once if they are there."""
-        targets = [None if (t := phi.layer.target) is None else phi.layer.matrix(t) for phi in batch]
-        if not self.host_targets:
-            yield batch, targets
-            return
-        cuts = host_memory.pieces(targets)
-        device = batch[0].parameter.device if batch[0].parameter is not None else torch.device("cpu")
-        present = host_memory.on_device([targets[cut] for cut in cuts], device)
-        yield from zip([batch[cut] for cut in cuts], present, strict=True)
+
+class _Batch(NamedTuple):
+    """Layers that one launch mixes, and what starts it for as long as their tensors lie where they lie.
+
+    ``mix`` is None where the targets are in host memory, and on the device for the moment alone.
+    """
+
+    phis: list[Phi]
+    mix: Callable[[], None] | None
+
+
+def _mixer(phis: list[Phi], targets: list[Tensor | None]) -> Callable[[], None]:
+    outs = [phi.mixed for phi in phis if phi.mixed is not None]
+    draws = [phi.made_by for phi in phis if phi.made_by is not None]
+    with torch.inference_mode(False), torch.no_grad():
+        weights = [phi.layer.matrix(w) for phi in phis if (w := phi.parameter) is not None]
+    return backends.load(str(phis[0].backend)).mixer(outs, weights, targets, draws)
+
+
+def _pieces(phis: list[Phi]) -> Iterator[tuple[list[Phi], list[Tensor | None]]]:
+    """Layers to mix in one launch, and their targets, which lie in host memory, on the device."""
+    targets = _targets(phis)
+    cuts = host_memory.pieces(targets)
+    device = phis[0].parameter.device if phis[0].parameter is not None else torch.device("cpu")
+    present = host_memory.on_device([targets[cut] for cut in cuts], device)
+    yield from zip([phis[cut] for cut in cuts], present, strict=True)
+
+
+def _targets(phis: list[Phi]) -> list[Tensor | None]:
+    return [None if (t := phi.layer.target) is None else phi.layer.matrix(t) for phi in phis]

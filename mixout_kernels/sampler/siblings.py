@@ -61,15 +61,17 @@ class SharedInput:
         self._kept_key: tuple[Any, ...] = ()
         self._called: set[int] = set()
 
-    def cast_of(self, input: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._is_of(input, dtype):
-            return input if self.cast is None else self.cast
-        return input.to(dtype)
-
-    def kept_of(self, input: Tensor, dtype: torch.dtype, draw: Draw, q: float, number: int) -> Tensor | None:
-        """x[:, kept] by this draw, the ``number``-th of its seed, if a sibling has gathered it."""
-        fits = self._is_of(input, dtype) and self._kept_key == _kept_key(draw, q, number)
-        return self.kept if fits else None
+    def made_of(
+        self, input: Tensor, dtype: torch.dtype, draw: Draw, q: float, number: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The cast of this input and its x[:, kept] by this draw, the ``number``-th of its seed, as far as a sibling
+        has made them.
+        """
+        if self.input is None or self.input() is not input or self._input_key != _input_key(input, dtype):
+            return None, None
+        # The same object, unchanged since, to be cast alike.
+        kept = self.kept if self._kept_key == _kept_key(draw, q, number) else None
+        return input if self.cast is None else self.cast, kept
 
     def put(
         self, input: Tensor, dtype: torch.dtype, cast: Tensor, kept: Tensor, draw: Draw, q: float, number: int
@@ -90,10 +92,6 @@ class SharedInput:
     def clear(self, reference: weakref.ref[Tensor] | None = None) -> None:
         if reference is None or reference is self.input:
             self.input = self.cast = self.kept = None
-
-    def _is_of(self, input: Tensor, dtype: torch.dtype) -> bool:
-        """The same object, unchanged since, to be cast alike."""
-        return self.input is not None and self.input() is input and self._input_key == _input_key(input, dtype)
 
 
 def _input_key(input: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

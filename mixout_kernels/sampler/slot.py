@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import backends, checks
 from ..backends import MixedWeight
-from ..functional import autocast_enabled, compute_dtype, sampled_linear
+from ..draws import Draw, GradientMask
+from ..functional import autocast_enabled, compute_dtype, linear_plan, sampled_linear
 from ..gradient_masks import without_gradient
+from ..modules import MixedLayer
 from ..pieces import is_distributed, local
 from . import host_memory
 from .backward import EndOfBackward
@@ -43,6 +45,7 @@ class Slot:
         self._seeds = seeds
         self._steps = steps
         self._backward = backward
+        self._last: _LastCall | None = None
 
     @property
     def draw(self) -> LayerDraw:
@@ -65,18 +68,15 @@ class Slot:
         # gather by themselves, with the same seed.
         if is_distributed(weight):
             return self._with_piece(input, weight, bias)
-        if not _plainly_fits(input, weight):
-            checks.linear(type(self.layer).__name__, input, weight, bias, autocast_enabled)
+        checks.linear(type(self.layer).__name__, input, weight, bias, autocast_enabled)
         moved = draw.seed.device != weight.device
         alone = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if alone or (moved and weight.device != self.layer.weight.device):
             return self._alone(input, weight, target, bias)
         if moved:
             self._follow(weight.device)
-        self._backward.note_forward()
-        if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
-            self._steps.note_forward(self.layer)
-        present, gradient = draw.now(weight.shape)
+        self._note_forward(weight)
+        now = present, gradient = draw.now(weight.shape)
         if self.layer.block is not None and self._seeds.drops(draw.mask, self.layer.grad_p):
             # Nothing is saved, and no gradient is made of zeros.
             operand = None if self.layer.gathered is None else weight.detach()
@@ -91,16 +91,61 @@ class Slot:
         if self._ahead.host_targets:  # with Phi, or with the weight itself, neither pass needs the target
             needless = operand is not None or present.p == 0
             target = None if needless else host_memory.to_device_of(weight, target)
+        if self.layer.gathered is None:
+            plan = linear_plan(input, weight, target, present.p, present.strides, gradient)
+            self._last = None if plan is None else _LastCall(now, backends.present(), plan)
         phi = MixedWeight(weight, target, operand, present)
         if self.shared.siblings == 1 or input.is_inference():
             return sampled_linear(input, phi, bias, gradient)[0]
-        cast = self.shared.cast_of(input, dtype)
-        kept = self.shared.kept_of(input, dtype, present, gradient.q, self._seeds.draws)
+        cast, kept = self.shared.made_of(input, dtype, present, gradient.q, self._seeds.draws)
+        if cast is None:
+            cast = input.to(dtype)
         y, gathered = sampled_linear(cast, phi, bias, gradient, kept_input=kept)
-        if kept is None and gathered is not None and gathered.numel() > 0:
-            self.shared.put(input, dtype, cast, gathered, present, gradient.q, self._seeds.draws)
-        self.shared.called_by(self)
+        self._share(input, cast, kept, gathered, now, dtype)
         return y
+
+    def again(
+        self, layer: MixedLayer, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
+        """y of a call that is like the last one (:mod:`mixout_kernels.planned`) and finds its Phi ready; else None."""
+        if self._last is None or self.layer.block is not None or type(input) is not Tensor:
+            return None
+        now, kernels, plan = self._last
+        if kernels != backends.present() or self.phi.draw.now(weight.shape) is not now:
+            return None
+        draw, gradient = now
+        dtype = plan.compute
+        if not self._ahead.is_ready(self.phi, dtype, draw, kernels):
+            return None
+        operand = self.phi.mixed
+        if self._ahead.host_targets:
+            if operand is None and draw.p > 0:
+                return None
+            target = None
+        if self.shared.siblings == 1 or input.is_inference():
+            found = plan(input, weight, target, bias, operand, None, None, draw.seed)
+        else:
+            cast, kept = self.shared.made_of(input, dtype, draw, gradient.q, self._seeds.draws)
+            found = plan(input, weight, target, bias, operand, cast, kept, draw.seed)
+            if found is not None:
+                self._share(input, found[2], kept, found[1], now, dtype)
+        if found is None:
+            return None
+        self._note_forward(weight)
+        return found[0]
+
+    def _share(
+        self, input: Tensor, cast: Tensor, kept: Tensor | None, gathered: Tensor | None, now: Now, dtype: torch.dtype
+    ) -> None:
+        draw, gradient = now
+        if kept is None and gathered is not None and gathered.numel() > 0:
+            self.shared.put(input, dtype, cast, gathered, draw, gradient.q, self._seeds.draws)
+        self.shared.called_by(self)
+
+    def _note_forward(self, weight: Tensor) -> None:
+        self._backward.note_forward()
+        if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
+            self._steps.note_forward(self.layer)
 
     def _alone(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
         draw, gradient = self.phi.draw.fresh(weight.shape, self.seed.to(weight.device))
@@ -112,9 +157,7 @@ class Slot:
         """Under tensor parallelism: y of this rank's piece of the weight, as a DTensor."""
         layer = self.layer
         if not torch.compiler.is_compiling():
-            self._backward.note_forward()
-            if not self._steps.seen and torch.is_grad_enabled() and weight.requires_grad:
-                self._steps.note_forward(layer)
+            self._note_forward(weight)
         draw, gradient = self.phi.draw.fresh(weight.shape, self.seed.to(weight.device))
         gathered = layer.gathered is not None
         target = None if gathered or layer.target is None else local(layer.target)
@@ -131,12 +174,10 @@ class Slot:
         return type(None), ()
 
 
-def _plainly_fits(input: Tensor, weight: Tensor) -> bool:
-    """Without autocast: in a quarter of the time that all checks take, which are for what does not."""
-    return (
-        input.dtype == weight.dtype
-        and input.shape[-1:] == weight.shape[1:]
-        and input.device == weight.device
-        and input.layout is torch.strided
-        and not input.is_nested
-    )
+Now = tuple[Draw, GradientMask]
+
+
+class _LastCall(NamedTuple):
+    now: Now  # what LayerDraw.now returned: the same object while no setting has changed
+    kernels: backends.Choice
+    plan: backends.LinearPlan

@@ -107,27 +107,28 @@ def reference_run(model: nn.Module, x: Tensor, dtype: torch.dtype | None = None)
     return Results(output.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
 
 
+class _Alone:
+    """In the place of a slot: a layer's mask and nothing else."""
+
+    def __init__(self, layer: nn.Module, seed: Tensor) -> None:
+        self.layer, self.seed = layer, seed
+
+    def again(self, *_: Any) -> None:
+        """No call is like the last one."""
+
+    def __call__(self, input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> Tensor:
+        settings = {name: getattr(self.layer, name) for name in ("p", "grad_p", "rescale", "mask")}
+        return mk.mix_linear(input, weight, target, bias, seed=self.seed, **settings)
+
+
 @contextmanager
 def layer_by_layer(model: nn.Module) -> Iterator[None]:
     """With the sampler's present seeds, but every layer for itself: nothing mixed ahead, nothing shared."""
     layers = mixed_layers(model).values()
     slots = [layer.slot for layer in layers]
 
-    def alone(layer: nn.Module, seed: Tensor) -> Callable[..., Tensor]:
-        return lambda input, weight, target, bias: mk.mix_linear(
-            input,
-            weight,
-            target,
-            bias,
-            p=layer.p,
-            grad_p=layer.grad_p,
-            rescale=layer.rescale,
-            mask=layer.mask,
-            seed=seed,
-        )
-
     for layer in layers:
-        layer.slot = alone(layer, layer.slot.seed.clone())
+        layer.slot = _Alone(layer, layer.slot.seed.clone())
     try:
         yield
     finally:

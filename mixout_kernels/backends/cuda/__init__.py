@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ... import _extension
 from .. import gpu_linear
-from ..contract import MixedWeight, WeightGradient
+from ..contract import FusedRule, LinearCall, LinearPlan, MixedWeight, WeightGradient
 from . import primitives
 from .primitives import EMULATED, EXTENSION, TYPES
 from .primitives import keep_mask as keep_mask
+from .primitives import mixer as mixer
 from .primitives import mixout as mixout
 from .primitives import mixout_list as mixout_list
 
@@ -70,23 +71,14 @@ def mix_linear(
     return gpu_linear.mix_linear(primitives, input, phi, bias, gradient, schedule)
 
 
-def recorded_linear(
-    input: Tensor,
-    phi: MixedWeight,
-    bias: Tensor | None,
-    kept_input: Tensor | None,
-    gradient: WeightGradient,
-    schedule: str,
-) -> tuple[Tensor, Tensor] | None:
+def linear_plan(call: LinearCall) -> LinearPlan | None:
     """In C++ (csrc/gpu): the operations of ``gpu_linear``, one by one, at a fraction of Python's time for them."""
     if _C is None:
         return None
-    weight, target, operand, _ = phi
-    fused = operand is None and gpu_linear.is_fused(primitives, input, weight, target, schedule)
-    if gradient.width is None:  # in emulation; 0 would say that nothing is to be kept, not that the mask kept nothing
-        gradient = gradient._replace(width=max(1, gpu_linear.saved_width(primitives, weight, gradient)))
-    launchers, stream = primitives.launchers_and_stream(input.device)
-    return _C.gpu_recorded_linear(input, phi, bias, kept_input, gradient, fused, launchers, stream)
+    # An operand leaves nothing to fuse.
+    rule = FusedRule.of(call.schedule, primitives.fused_rule(call.compute))._replace(rows_with_operand=0)
+    plan: LinearPlan = _C.GpuPlan(call, rule, *primitives.launchers_and_stream(), EMULATED)
+    return plan
 
 
 def mix_linear_backward(

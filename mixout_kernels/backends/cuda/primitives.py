@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import _extension
 from ...draws import Draw
 from .. import gpu_linear
+from ..contract import FusedRule
 
 EMULATED = os.environ.get("MIXOUT_KERNELS_CUDA_EMULATION") == "1"
 EXTENSION = "_cuda_emulated" if EMULATED else "_cuda"
@@ -60,15 +61,38 @@ def mix_into(out: Tensor, weight: Tensor, target: Tensor | None, draw: Draw, fac
 def mixout_list(
     outs: Sequence[Tensor], weights: Sequence[Tensor], targets: Sequence[Tensor | None], draws: Sequence[Draw]
 ) -> None:
-    _mix_matrices(
-        (out, weight, target, draw, draw.scale)
-        for out, weight, target, draw in zip(outs, weights, targets, draws, strict=True)
-    )
+    mixer(outs, weights, targets, draws)()
+
+
+def mixer(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], targets: Sequence[Tensor | None], draws: Sequence[Draw]
+) -> Callable[[], None]:
+    scales = [draw.scale for draw in draws]
+
+    def tables() -> list[_Table]:
+        return _tables(zip(outs, weights, targets, draws, scales, strict=True))
+
+    present = tables()
+    if any(table.has_copies for table in present):
+        return lambda: _mix_all(tables())  # of the values that they have then
+    return lambda: _mix_all(present)
+
+
+class _Table(NamedTuple):
+    """The matrices of one launch, all of the same dtypes, and the tensors that their addresses are of."""
+
+    records: list[Any]
+    tensors: list[tuple[Tensor, Tensor | None, Tensor, Tensor]]  # w, u, out, seed
+    has_copies: bool  # one of them was brought into another layout
 
 
 def _mix_matrices(matrices: Iterable[tuple[Tensor, Tensor, Tensor | None, Draw, float]]) -> None:
     """(out, weight, target, draw, factor) of any number: a launch for every combination of dtypes."""
-    tables: dict[tuple[torch.dtype, ...], list[tuple[Any, Tensor, Tensor | None, Tensor]]] = {}
+    _mix_all(_tables(matrices))
+
+
+def _tables(matrices: Iterable[tuple[Tensor, Tensor, Tensor | None, Draw, float]]) -> list[_Table]:
+    tables: dict[tuple[torch.dtype, ...], list[tuple[Any, tuple[Tensor, Tensor | None, Tensor, Tensor], bool]]] = {}
     for out, weight, target, draw, factor in matrices:
         transposed = _result_is_transposed(out)
         w, u = _in_memory(weight, transposed), None if target is None else _in_memory(target, transposed)
@@ -76,11 +100,18 @@ def _mix_matrices(matrices: Iterable[tuple[Tensor, Tensor, Tensor | None, Draw, 
         record = _loaded.MixTensor(
             w.data_ptr(), _address(u), out.data_ptr(), _matrix_mask(draw, transposed), out.numel(), columns, factor
         )
-        # With its tensors: one that was brought into another layout must live until the launch.
+        copied = w.data_ptr() != weight.data_ptr() or (target is not None and _address(u) != target.data_ptr())
         types = w.dtype, w.dtype if u is None else u.dtype, out.dtype
-        tables.setdefault(types, []).append((record, w, u, out))
-    for table in tables.values():
-        _mix([record for record, *_ in table], *table[0][1:])
+        tables.setdefault(types, []).append((record, (w, u, out, draw.seed), copied))
+    return [
+        _Table([record for record, _, _ in rows], [tensors for _, tensors, _ in rows], any(row[2] for row in rows))
+        for rows in tables.values()
+    ]
+
+
+def _mix_all(tables: list[_Table]) -> None:
+    for table in tables:
+        _mix(table.records, *table.tensors[0][:3])
 
 
 def _mix(records: list[Any], w: Tensor, u: Tensor | None, out: Tensor) -> None:
@@ -156,13 +187,17 @@ def fused_weight_gradient(g: Tensor, saved: Tensor, weight: Tensor, draw: Draw, 
 _FUSED_MAX_ROWS_FLOAT32 = 64
 
 
+def fused_rule(compute: torch.dtype) -> FusedRule:
+    """For schedule "auto". Rows that do not start on 16 bytes are copied element by element, without cp.async."""
+    rows = _FUSED_MAX_ROWS_FLOAT32 if compute == torch.float32 else gpu_linear.FUSED_MAX_ROWS
+    return FusedRule(rows + 1, 0, aligned=True)
+
+
 def prefers_fused(x: Tensor, weight: Tensor, target: Tensor | None) -> bool:
-    # Rows that do not start on 16 bytes are copied element by element, without cp.async.
     addresses = x.data_ptr() | weight.data_ptr() | _address(target)
     if addresses % 16 or weight.shape[0] % 8 or weight.shape[1] % 8:
         return False
-    rows = x.numel() // x.shape[-1]
-    return rows <= (_FUSED_MAX_ROWS_FLOAT32 if x.dtype == torch.float32 else gpu_linear.FUSED_MAX_ROWS)
+    return x.numel() // x.shape[-1] < fused_rule(x.dtype).rows
 
 
 def fused_linear(
@@ -255,9 +290,9 @@ def _stream(device: torch.device) -> int:
     return 0 if EMULATED else torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def launchers_and_stream(device: torch.device) -> tuple[Any, int]:
-    """What host code in C++ starts the kernels with."""
-    return _loaded.launchers, _stream(device)
+def launchers_and_stream() -> tuple[Any, Callable[[int], int]]:
+    """What host code in C++ starts the kernels with: where, by the index of a device."""
+    return _loaded.launchers, (lambda index: 0) if EMULATED else torch._C._cuda_getCurrentRawStream
 
 
 def _multiprocessors() -> int:

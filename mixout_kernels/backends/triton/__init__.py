@@ -23,11 +23,12 @@ else:
     _import_error = None
     # Named twice: they are this module's own, as the contract wants them.
     from .launch import interpreted
+    from .linear import linear_plan as linear_plan
     from .linear import mix_linear as mix_linear
     from .linear import mix_linear_backward as mix_linear_backward
-    from .linear import recorded_linear as recorded_linear
     from .mask import keep_mask as keep_mask
     from .mix import mixout as mixout
+    from .mix_list import mixer as mixer
     from .mix_list import mixout_list as mixout_list
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)

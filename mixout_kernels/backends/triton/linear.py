@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import gpu_linear
-from ..contract import MixedWeight, WeightGradient
+from ..contract import LinearCall, MixedWeight, WeightGradient
 from . import primitives
 
 
@@ -15,15 +15,8 @@ def mix_linear(
     return gpu_linear.mix_linear(primitives, input, phi, bias, gradient, schedule)
 
 
-def recorded_linear(
-    input: Tensor,
-    phi: MixedWeight,
-    bias: Tensor | None,
-    kept_input: Tensor | None,
-    gradient: WeightGradient,
-    schedule: str,
-) -> None:
-    """Left to ``ops.MixLinearFunction``: Triton's kernels are started by Python, not by C++."""
+def linear_plan(call: LinearCall) -> None:
+    """None: Triton's kernels are started by Python, not by C++."""
 
 
 def mix_linear_backward(

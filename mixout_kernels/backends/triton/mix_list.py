@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,6 +97,12 @@ def _mix_list_kernel(
         w_ptr, u_ptr, phi_ptr, seed, bound, placement, scale, tile, rows, columns, strides, strides, strides,
         PATTERN, HAS_TARGET, ROWS, COLUMNS,
     )  # fmt: skip
+
+
+def mixer(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], targets: Sequence[Tensor | None], draws: Sequence[Draw]
+) -> Callable[[], None]:
+    return lambda: mixout_list(outs, weights, targets, draws)
 
 
 def mixout_list(
