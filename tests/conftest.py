@@ -29,7 +29,7 @@ import hypothesis
 import pytest
 import torch
 
-from mixout_kernels import _extension, backends
+from mixout_kernels import _extension, backends, functional
 
 from .memory import guarded_memory, poisoned_memory  # noqa: F401  fixtures of the whole suite
 
@@ -47,6 +47,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_its_own():
+    """A test that changes what a backend is or chooses must neither find plans of before nor leave its own."""
+    functional._plan.cache_clear()
+    yield
+    functional._plan.cache_clear()
 
 
 @dataclass(frozen=True)
