@@ -196,7 +196,7 @@ def test_saves_what_the_gradient_keeps(case, mask):
     (activation,) = (t for t in saved.values() if t.data_ptr() not in known and t.numel() > 1)
     if not draws.shares_columns(draws.strides_of(mask, w.shape)):
         assert activation.data_ptr() == x.data_ptr()
-    elif case.device == "cuda":
+    elif case.device == "cuda" or case.backend == "cuda":  # its plans have the capacity in emulation, too
         assert activation.shape == (33, draws.column_capacity(400, 0.7))
     else:
         assert activation.shape[1] < 0.4 * 400  # 0.3 of the columns, not 0.6
