@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mixout_kernels as mk
 from mixout_kernels import planned
-from mixout_kernels.sampler.snapshot import PythonSnapshot, Snapshot
+from mixout_kernels.sampler.snapshot import PythonSnapshot, snapshot
 
 pytestmark = pytest.mark.skipif(mk._extension.load()[0] is None, reason="without the extension there are no plans")
 
@@ -253,7 +253,7 @@ def test_a_batch_of_no_rows():
     assert results(layer, torch.randn(0, 12))[0].shape == (0, 8)
 
 
-SNAPSHOTS = {"in C++": Snapshot, "its reference": PythonSnapshot}
+SNAPSHOTS = {"in C++": snapshot, "its reference": PythonSnapshot}
 
 
 @pytest.mark.parametrize("kind", SNAPSHOTS.values(), ids=SNAPSHOTS)

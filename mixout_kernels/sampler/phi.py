@@ -14,7 +14,7 @@ from ..modules import MixedLayer
 from . import host_memory
 from .layers import LayerDraw
 from .seeds import Seeds
-from .snapshot import Snapshot
+from .snapshot import snapshot
 
 
 class Phi:
@@ -67,7 +67,7 @@ class Phi:
         weight, target = self._tensors()
         assert weight is not None
         self.dtype, self.kernels, self.made_by, self._number = dtype, kernels, draw, None
-        self._snapshot = Snapshot(weight, target)
+        self._snapshot = snapshot(weight, target)
         backend = "reference"
         if 0 < draw.p < 1 and weight.numel() > 0 and not (target is None and draw.by_column):
             target_dtype = weight.dtype if target is None else target.dtype

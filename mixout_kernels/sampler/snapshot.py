@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,8 +35,15 @@ class PythonSnapshot:
         return self._versions == (_version(weight), _version(target))
 
 
-_C: Any = _extension.load()[0]
-Snapshot: Any = PythonSnapshot if _C is None else _C.Snapshot
+def snapshot(weight: Tensor | None, target: Tensor | None) -> Any:
+    """Of these as they lie now, in C++ where the extension was built."""
+    return _implementation()(weight, target)
+
+
+@functools.cache
+def _implementation() -> Any:
+    compiled = _extension.load()[0]  # here, since to import the package loads no extension
+    return PythonSnapshot if compiled is None else compiled.Snapshot
 
 
 def _place(tensor: Tensor | None) -> tuple[int, int, torch.dtype, torch.Size] | None:
