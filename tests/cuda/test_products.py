@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mixout_kernels as mk
+from mixout_kernels.backends import MixedWeight, WeightGradient
 from mixout_kernels.draws import Draw, strides_of
 
 from .. import axes, budget
@@ -154,8 +155,8 @@ def test_auto_takes_the_staged_schedule_for_odd_rows_of_memory(kernels, monkeypa
     monkeypatch.setattr(kernels.primitives, "_mix_product", lambda x, *_: chosen.append("fused") or x.new_empty(8, 64))
     for in_features, expected in ((72, ["fused"]), (63, [])):
         x, w = (torch.randn(n, in_features, device=device).bfloat16() for n in (8, 64))
-        with torch.no_grad():  # by Python, which asks the same question as what records in C++
-            mk.mix_linear(x, w, None, p=0.5, backend="cuda")
+        draw = Draw(torch.tensor([1], device=device), 0.5, strides_of("neuron", w.shape))
+        kernels.mix_linear(x, MixedWeight(w, None, None, draw), None, WeightGradient(draw, draw.scale, 0), "auto")
         assert chosen == expected
         chosen.clear()
 
