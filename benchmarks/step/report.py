@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common.report import (
@@ -123,35 +124,46 @@ def _notes(run: Run, workload: Workload) -> str:
 
 def draw(run: Run, workload: Workload) -> Figure:
     rows = _measured(run)
-    figure = Figure(figsize=(12, 1.6 + 0.42 * len(rows)), layout="constrained")
-    time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(1.4, 1))
+    has_memory = any(row.facts.get("peak_bytes") is not None for row in rows)
+    figure = Figure(figsize=(12 if has_memory else 9, 1.6 + 0.42 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 1 + has_memory, sharey=True, squeeze=False, width_ratios=(1.4, 1)[: 1 + has_memory])[0]
+    _draw_times(panels[0], run, rows)
+    if has_memory:
+        _draw_memory(panels[1], rows)
+    panels[0].set_yticks(range(len(rows)), [row.variant for row in rows])
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
+    for panel in panels:
+        panel.margins(x=0.3)
+        tidy(panel)
+    figure.suptitle(workload.description, fontsize=11)
+    return figure
+
+
+def _draw_times(panel: Axes, run: Run, rows: list[Row]) -> None:
     for place, row in enumerate(rows):
-        colour = _colour(_variant(row))
         low, median, high = (1e3 * value for value in (row.quartiles[0], row.median, row.quartiles[1]))
         error = [[median - low], [high - median]]
-        time.barh(place, median, height=0.65, color=colour, xerr=error, error_kw={"ecolor": "black", "lw": 1})
-        time.annotate(
+        colour = _colour(_variant(row))
+        panel.barh(place, median, height=0.65, color=colour, xerr=error, error_kw={"ecolor": "black", "lw": 1})
+        panel.annotate(
             f"  {median:.0f} ms ({ratio_cell(run, row, digits=3)} x)",
             (high, place),
             va="center",
             fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
+    panel.set_xlabel("milliseconds a step (median, quartiles; ratio to dropout)")
+
+
+def _draw_memory(panel: Axes, rows: list[Row]) -> None:
+    for place, row in enumerate(rows):
         peak = row.facts.get("peak_bytes")
         if peak is None:
-            memory.annotate(" not measured", (0, place), va="center", fontsize=9, color=GREY)
+            panel.annotate(" not measured", (0, place), va="center", fontsize=9, color=GREY)
         else:
-            memory.barh(place, peak / 2**20, height=0.65, color=colour)
-            memory.annotate(f" {peak / 2**20:.0f}", (peak / 2**20, place), va="center", fontsize=9)
-    time.set_xlabel("milliseconds a step (median, quartiles; ratio to dropout)")
-    memory.set_xlabel("peak memory, MiB")
-    time.set_yticks(range(len(rows)), [row.variant for row in rows])
-    time.set_ylim(len(rows) - 0.4, -0.6)
-    for axes in (time, memory):
-        axes.margins(x=0.3)
-        tidy(axes)
-    figure.suptitle(workload.description, fontsize=11)
-    return figure
+            panel.barh(place, peak / 2**20, height=0.65, color=_colour(_variant(row)))
+            panel.annotate(f" {peak / 2**20:.0f}", (peak / 2**20, place), va="center", fontsize=9)
+    panel.set_xlabel("peak memory, MiB")
 
 
 def _colour(variant: Variant) -> str:
