@@ -8,6 +8,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from examples.finetune.data import Task, load_task
+from examples.finetune.model import Checkpoint
+from examples.finetune.settings import Settings
+
 GOOD, BAD, OTHER = ["fine", "great", "warm"], ["dull", "poor", "cold"], ["a", "the", "film", "plot", "it", "is"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *OTHER, *map(str, range(100))]
 
@@ -47,3 +51,14 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [review(number, "good" if number % 3 else "bad") for number in range(60)]
     return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint_folder: Path) -> Checkpoint:
+    return Checkpoint(checkpoint_folder, 12)
+
+
+@pytest.fixture(scope="module")
+def task(settings: Settings, checkpoint: Checkpoint) -> Task:
+    """Of the module's own ``settings``."""
+    return load_task(settings, checkpoint.tokenizer)

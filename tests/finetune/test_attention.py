@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from examples.finetune import attention
-from examples.finetune.data import Task, load_task
+from examples.finetune.data import Task
 from examples.finetune.model import Checkpoint
 from examples.finetune.settings import Settings, Variant
 from examples.finetune.training import Run
@@ -21,16 +21,6 @@ def settings(reviews: Path) -> Settings:
     return Settings(
         csv=reviews, text_column="review", label_column="verdict", max_length=12, batch_size=8, variants=VARIANTS
     )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(checkpoint_folder: Path) -> Checkpoint:
-    return Checkpoint(checkpoint_folder, 12)
-
-
-@pytest.fixture(scope="module")
-def task(settings: Settings, checkpoint: Checkpoint) -> Task:
-    return load_task(settings, checkpoint.tokenizer)
 
 
 def test_each_variant_has_what_is_fastest_for_it(

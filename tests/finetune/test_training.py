@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.common.errors import CommandError
 from examples.finetune import neighbours
-from examples.finetune.data import Task, load_task
+from examples.finetune.data import Task
 from examples.finetune.memory import peak_mebibytes
 from examples.finetune.model import Checkpoint
 from examples.finetune.neighbours import NEIGHBOURS, Batches
@@ -35,16 +35,6 @@ def settings(reviews: Path) -> Settings:
         lr=1e-2,
         variants=ALL,
     )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(checkpoint_folder: Path) -> Checkpoint:
-    return Checkpoint(checkpoint_folder, 12)
-
-
-@pytest.fixture(scope="module")
-def task(settings: Settings, checkpoint: Checkpoint) -> Task:
-    return load_task(settings, checkpoint.tokenizer)
 
 
 def test_every_variant_learns(settings: Settings, checkpoint: Checkpoint, task: Task) -> None:
