@@ -130,7 +130,9 @@ def sampled_linear(
     elif operand is None and draw.p == 1:
         operand = torch.zeros_like(weight, dtype=dtype) if target is None else target.to(dtype)
     q, scale = gradient
-    wanted = WeightGradient(draw.at(q), scale, _saved_width(weight, draw, q))
+    needed = torch.is_grad_enabled() and weight.requires_grad
+    exact = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    wanted = WeightGradient(draw.at(q), scale, _kept_width(weight, draw.strides, q, exact=exact) if needed else 0)
     phi = MixedWeight(weight, target, operand, draw)
     return ops.mix_linear(input, phi, bias, kept_input, wanted, chosen, schedule or "auto")
 
@@ -301,9 +303,7 @@ def _plan_of(
     if chosen == "reference" or weight.numel() == 0:
         return None
     target_dtype = None if target is None else target.dtype
-    width: int | None = 0
-    if gradient.q < 1 and shares_columns(strides):
-        width = None if chosen == "cpu" else column_capacity(weight.shape[1], gradient.q)  # as in _saved_width
+    width = _kept_width(weight, strides, gradient.q, exact=chosen == "cpu")
     dtypes = weight.dtype, target_dtype, dtype
     call = backends.LinearCall(weight.shape, *dtypes, p, strides, offset, *gradient, width, schedule or "auto")
     return _plan(chosen, call)
@@ -314,10 +314,11 @@ def _plan(chosen: str, call: backends.LinearCall) -> backends.LinearPlan | None:
     return backends.load(chosen).linear_plan(call)
 
 
-def _saved_width(weight: Tensor, draw: Draw, q: float) -> int | None:
-    """The columns of x[:, kept] that the operator is to return for backward; see ``backends.WeightGradient``."""
-    if q == 1 or not shares_columns(draw.strides) or not (torch.is_grad_enabled() and weight.requires_grad):
+def _kept_width(weight: Tensor, strides: Strides, q: float, *, exact: bool) -> int | None:
+    """The columns of x[:, kept] that are saved for backward; see ``backends.WeightGradient``.
+
+    ``exact``: where the host knows the mask, so that exactly the kept columns can be saved.
+    """
+    if q == 1 or not shares_columns(strides):
         return 0
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        return None  # the host knows the mask, so it can save exactly the kept columns
-    return column_capacity(weight.shape[1], q)
+    return None if exact else column_capacity(weight.shape[1], q)
