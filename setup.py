@@ -11,6 +11,7 @@ MAX_JOBS                      how many files ninja compiles at once.
 import functools
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,19 @@ def is_to_be_built(variable: str, what: str, what_is_missing: Callable[[], str |
     return wanted != "0" and not missing
 
 
+def digest_header() -> Path:
+    """Written for the extensions: of which sources they are, which mixout_kernels/_extension.py asks in a clone.
+
+    In a file of its own the digest has the bindings alone compiled again; in an unchanged one nothing.
+    """
+    digest = runpy.run_path("mixout_kernels/_extension.py")["digest_of"](Path("csrc"))
+    header, text = Path("build", "digest", "digest.h").absolute(), f'#define MIXOUT_DIGEST "{digest}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return header
+
+
 @contextmanager
 def left_out_if_optional(extension) -> Iterator[None]:
     try:
@@ -245,8 +259,10 @@ def extension_arguments() -> dict:
     class BuildEachAlone(BuildExtension):
         def build_extensions(self) -> None:
             """Before it builds any, torch checks whether nvcc goes with the C++ compiler: it sees one at a time."""
-            extensions = self.extensions
+            extensions, header = self.extensions, digest_header()
             for extension in extensions:
+                extension.include_dirs.append(str(header.parent))
+                extension.depends.append(str(header))
                 self.extensions = [extension]
                 with left_out_if_optional(extension):
                     super().build_extensions()

@@ -13,6 +13,7 @@
 #include "cpu/mixout.h"
 #include "cpu/precision.h"
 #include "cpu/product.h"
+#include "digest.h"  // setup.py writes it
 #include "gpu/autograd.h"
 #include "records.h"
 #include "snapshot.h"
@@ -25,8 +26,9 @@ namespace cpu = mixout::cpu;
 using CpuPlan = mixout::LinearPlan<cpu::Source>;
 using GpuPlan = mixout::LinearPlan<mixout::gpu::Source>;
 
-// Read out of the file by _extension.py, which must know the version also when the library cannot be loaded.
+// Read out of the file by _extension.py, which must know both also when the library cannot be loaded.
 [[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for torch " TORCH_VERSION;
+[[gnu::used]] const char kBuiltFrom[] = "mixout_kernels built from " MIXOUT_DIGEST;
 
 py::dict build_info() {
   py::dict info;

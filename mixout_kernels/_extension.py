@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -11,12 +12,23 @@ from types import ModuleType
 
 import torch
 
+PACKAGE = Path(__file__).parent
+SOURCES = PACKAGE.parent / "csrc"  # in a clone alone
+
+
+def digest_of(sources: Path) -> str:
+    """Of the names and the contents of all C++ and CUDA files. setup.py compiles it into what it builds of them."""
+    digest = hashlib.sha256()
+    for path in sorted(sources.rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cuh", ".cu"):
+            digest.update(b"%s\0%s\0" % (path.relative_to(sources).as_posix().encode(), path.read_bytes()))
+    return digest.hexdigest()[:16]
+
 
 def _build_command() -> str:
     """In a clone the extension is built beside its sources, where python finds it inside the clone and outside."""
-    source = Path(__file__).parents[1]
-    if (source / "setup.py").is_file():
-        return f"pip install --no-build-isolation --no-deps --editable {source}"
+    if (PACKAGE.parent / "setup.py").is_file():
+        return f"pip install --no-build-isolation --no-deps --editable {PACKAGE.parent}"
     # --no-binary: the wheel of a package index was compiled against one version of torch, perhaps not this one.
     return "pip install --no-build-isolation --no-deps --force-reinstall --no-binary mixout_kernels mixout_kernels"
 
@@ -29,14 +41,16 @@ def load(name: str = "_C") -> tuple[ModuleType | None, str]:
     if spec is None or spec.origin is None:
         needed = "nvcc and a CUDA build of torch" if name == "_cuda" else "a C++ compiler, torch"
         return None, (
-            f"mixout_kernels, imported from {Path(__file__).parent}, has no compiled extension {name}. To build it, "
+            f"mixout_kernels, imported from {PACKAGE}, has no compiled extension {name}. To build it, "
             f"have {needed} and ninja installed, then {_build_command()}"
         )
     # The version is read from the file's bytes first: after an upgrade, importing it may fail with an undefined
     # symbol, or worse, succeed and crash later.
-    found = re.search(rb"mixout_kernels built for (\w+) ([^\0]+)\0", Path(spec.origin).read_bytes())
+    origin = Path(spec.origin)
+    binary = origin.read_bytes()
+    found = re.search(rb"mixout_kernels built for (\w+) ([^\0]+)\0", binary)
     library, version = (text.decode() for text in found.groups()) if found else ("torch", "unknown")
-    if reason := _mismatch(library, version):
+    if reason := _mismatch(library, version) or _is_behind(origin, binary):
         return None, f"the compiled extension {name} of mixout_kernels {reason}. To rebuild it: {_build_command()}"
     try:
         return importlib.import_module(full_name), ""
@@ -45,6 +59,15 @@ def load(name: str = "_C") -> tuple[ModuleType | None, str]:
             f"the compiled extension {name} of mixout_kernels was built for {library} {version} and does not load with "
             f"torch {torch.__version__} ({error}). To rebuild it: {_build_command()}"
         )
+
+
+def _is_behind(origin: Path, binary: bytes) -> str | None:
+    """Why an extension that was built beside its sources cannot be used with them: after a pull they are others."""
+    if origin.parent != PACKAGE or not SOURCES.is_dir():
+        return None
+    if b"mixout_kernels built from %s\0" % digest_of(SOURCES).encode() in binary:
+        return None
+    return f"was built from other sources than are now in {SOURCES}"
 
 
 def _mismatch(library: str, version: str) -> str | None:

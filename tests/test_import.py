@@ -133,6 +133,20 @@ def test_with_an_extension_that_does_not_load(copied, extension_file):
     assert_runs_on_the_reference(report, copied, "does not load with torch")
 
 
+@pytest.mark.skipif(not _extension.SOURCES.is_dir(), reason="not a clone")
+def test_with_an_extension_of_other_sources(copied, extension_file):
+    """A clone after a pull: its Python files may ask for what the extension of before does not have."""
+    shutil.copy(extension_file, copied / PACKAGE.name)
+    sources = shutil.copytree(_extension.SOURCES, copied / "csrc")
+    assert json.loads(run(LAYER, path=copied))["warnings"] == []
+    with (sources / "philox.h").open("a") as file:
+        file.write("// changed\n")
+    report = json.loads(run(LAYER, path=copied))
+    reason = f"was built from other sources than are now in {re.escape(str(sources))}"
+    assert_runs_on_the_reference(report, copied, reason)
+    assert "mixout_kernels._C" not in report["modules"], "it was loaded"
+
+
 def test_with_triton_blocked():
     code = "import sys; sys.modules['triton'] = None\n" + LAYER
     report = json.loads(run(code, path=PACKAGE.parent))

@@ -14,6 +14,8 @@
 #include "intrinsics.h"
 #else
 #include <cuda_runtime_api.h>  // CUDART_VERSION
+
+#include "digest.h"  // setup.py writes it
 #endif
 
 namespace py = pybind11;
@@ -34,8 +36,9 @@ T* pointer(Address address) {
 #else
 #define MIXOUT_TEXT_OF(value) #value
 #define MIXOUT_TEXT(value) MIXOUT_TEXT_OF(value)
-// Read out of the file by _extension.py, which must know the version also when the library cannot be loaded.
+// Read out of the file by _extension.py, which must know both also when the library cannot be loaded.
 [[gnu::used]] const char kBuiltFor[] = "mixout_kernels built for CUDA " MIXOUT_TEXT(CUDART_VERSION);
+[[gnu::used]] const char kBuiltFrom[] = "mixout_kernels built from " MIXOUT_DIGEST;
 #endif
 
 constexpr Launchers kLaunchers{
