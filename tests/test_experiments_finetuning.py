@@ -63,7 +63,8 @@ def test_strategies_are_what_their_names_say(material):
         return finetuning.begin(STRATEGIES[name], material, material.settings, restart=0)
 
     assert rates_of(begun(dropout(0.5)).model) == {0.5}
-    assert rates_of(begun(wdecay(0.1)).model) == {0.1}
+    assert rates_of(begun("R3F").model) == {0.1}
+    assert rates_of(begun(wdecay(0.1)).model) == {0.0}
     for name in (mixout(0.7), mixed_head(0.7)):
         model = begun(name).model
         assert rates_of(model) == {0.0}

@@ -60,6 +60,7 @@ def mixout(p: float) -> str:
 
 
 def wdecay(rate: float) -> str:
+    """Alone, as in the paper: without dropout."""
     return f"wdecay(w_pre, {rate:g})"
 
 
@@ -70,7 +71,7 @@ def mixed_head(p: float) -> str:
 TENTHS = tuple(round(0.1 * k, 1) for k in range(10))
 STRATEGIES: dict[str, Strategy] = {
     **{dropout(p): Strategy("dropout", dropout=p) for p in TENTHS},
-    **{wdecay(rate): Strategy("dropout", pull=rate) for rate in (0.01, 0.04, 0.07, 0.1)},
+    **{wdecay(rate): Strategy("dropout", dropout=0.0, pull=rate) for rate in (0.01, 0.04, 0.07, 0.1)},
     **{mixout(p): Strategy("mixout", p) for p in TENTHS},
     f"{mixout(0.7)}, {wdecay(0.01)}": Strategy("mixout", 0.7, pull=0.01),
     mixed_head(0.7): Strategy("mixout", 0.7, head=True),

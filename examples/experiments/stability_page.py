@@ -22,9 +22,11 @@ PROTOCOL = f"""\
 MiniLM is fine-tuned on sentences of film reviews: three epochs in batches of 16 sentences of at most 32 tokens, fused
 AdamW, warm-up over a tenth of the steps and linear decay, float32, one thread a run. It is tested on
 {finetuning.FULL.rows} sentences of other films. The sentences are the same in all restarts; all strategies of a
-restart have the same head and the same batches. Strategies without mixout keep the dropout of 0.1. Weight decay is 0.01
-to zero for dropout(0.1), guided dropout and R3F, and 0 elsewhere. Mixout comes with a `MixSampler`; GradDrop, guided
-dropout and R3F are as `examples.finetune` has them.
+restart have the same head and the same batches. GradDrop, guided dropout and R3F, as `examples.finetune` has them,
+keep the model's dropout of 0.1; wdecay(w_pre) and mixout stand in its place, as in the paper. Weight decay is 0.01 to
+zero for dropout(0.1), guided dropout and R3F, and 0 elsewhere. Mixout comes with a `MixSampler`. Torch's AdamW corrects
+the bias of its moments. BERT's own optimizer does not, which Zhang et al. (*Revisiting few-sample BERT fine-tuning*,
+ICLR 2021) found to make fine-tuning fail.
 
 Embeddings of tokens that occur in none of the sentences are left out of the model. This changes no result: no batch
 reads them.
