@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 
 PACKAGE = Path(__file__).parent
-SOURCES = PACKAGE.parent / "csrc"  # in a clone alone
+ROOT = PACKAGE.parent
+SOURCES = ROOT / "csrc"  # in a clone
 
 
 def digest_of(sources: Path) -> str:
@@ -25,10 +26,14 @@ def digest_of(sources: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _is_a_clone() -> bool:
+    return (ROOT / "setup.py").is_file()
+
+
 def _build_command() -> str:
     """In a clone the extension is built beside its sources, where python finds it inside the clone and outside."""
-    if (PACKAGE.parent / "setup.py").is_file():
-        return f"pip install --no-build-isolation --no-deps --editable {PACKAGE.parent}"
+    if _is_a_clone():
+        return f"pip install --no-build-isolation --no-deps --editable {ROOT}"
     # --no-binary: the wheel of a package index was compiled against one version of torch, perhaps not this one.
     return "pip install --no-build-isolation --no-deps --force-reinstall --no-binary mixout_kernels mixout_kernels"
 
@@ -63,7 +68,7 @@ def load(name: str = "_C") -> tuple[ModuleType | None, str]:
 
 def _is_behind(origin: Path, binary: bytes) -> str | None:
     """Why an extension that was built beside its sources cannot be used with them: after a pull they are others."""
-    if origin.parent != PACKAGE or not SOURCES.is_dir():
+    if origin.parent != PACKAGE or not (_is_a_clone() and SOURCES.is_dir()):
         return None
     if b"mixout_kernels built from %s\0" % digest_of(SOURCES).encode() in binary:
         return None

@@ -133,10 +133,11 @@ def test_with_an_extension_that_does_not_load(copied, extension_file):
     assert_runs_on_the_reference(report, copied, "does not load with torch")
 
 
-@pytest.mark.skipif(not _extension.SOURCES.is_dir(), reason="not a clone")
+@pytest.mark.skipif(not _extension.SOURCES.is_dir(), reason="the tests run without the source tree")
 def test_with_an_extension_of_other_sources(copied, extension_file):
     """A clone after a pull: its Python files may ask for what the extension of before does not have."""
     shutil.copy(extension_file, copied / PACKAGE.name)
+    (copied / "setup.py").touch()
     sources = shutil.copytree(_extension.SOURCES, copied / "csrc")
     assert json.loads(run(LAYER, path=copied))["warnings"] == []
     with (sources / "philox.h").open("a") as file:

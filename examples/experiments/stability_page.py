@@ -26,7 +26,7 @@ restart have the same head and the same batches. GradDrop, guided dropout and R3
 keep the model's dropout of 0.1; wdecay(w_pre) and mixout stand in its place, as in the paper. Weight decay is 0.01 to
 zero for dropout(0.1), guided dropout and R3F, and 0 elsewhere. Mixout comes with a `MixSampler`. Torch's AdamW corrects
 the bias of its moments. BERT's own optimizer does not, which Zhang et al. (*Revisiting few-sample BERT fine-tuning*,
-ICLR 2021) found to make fine-tuning fail.
+ICLR 2021) hold for a cause of runs that fail.
 
 Embeddings of tokens that occur in none of the sentences are left out of the model. This changes no result: no batch
 reads them.
