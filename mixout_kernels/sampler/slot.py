@@ -80,7 +80,8 @@ class Slot:
         if self.layer.block is not None and self._seeds.drops(draw.mask, self.layer.grad_p):
             # Nothing is saved, and no gradient is made of zeros.
             operand = None if self.layer.gathered is None else weight.detach()
-            phi = MixedWeight(weight.detach(), None, operand, present)
+            target = host_memory.to_device_of(weight, target) if operand is None else None
+            phi = MixedWeight(weight.detach(), target, operand, present)
             y, _ = sampled_linear(input, phi, None if bias is None else bias.detach(), gradient)
             return without_gradient(y, weight, bias)
         dtype = compute_dtype(input)

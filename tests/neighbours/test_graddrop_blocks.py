@@ -65,6 +65,28 @@ def test_a_block_that_is_off_saves_no_input():
     assert saved[1.0] < 0.8 * saved[0.0]
 
 
+@pytest.mark.parametrize("host_targets", [False, True])
+def test_a_mixed_block_that_is_off_mixes_with_its_target(host_targets):
+    """Where w = u, Phi is w for every mask."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    x = torch.ones(1, 4)
+    expected = [layer(x) for layer in model.layers]
+    mk.apply_mixout(model, p=0.3, mask="layer")
+    mk.apply_graddrop(model, p=0.5, mask="layer")
+    sampler = mk.MixSampler(model, seed=SEED, host_targets=host_targets)
+    off = 0
+    for _ in range(8):
+        model.zero_grad()
+        for number, layer in enumerate(model.layers):
+            y = layer(x)
+            torch.testing.assert_close(y, expected[number])
+            y.sum().backward()
+            off += layer.weight.grad is None
+        sampler.advance()
+    assert 0 < off < 16
+
+
 def test_distributed_data_parallel_trains_on_with_blocks_off(tmp_path):
     """It waits for every parameter, and makes zeros of gradients that are None."""
     import torch.distributed as dist
