@@ -142,7 +142,7 @@ class MixedLayer(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
             _CHECKS[name](self, value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, _as_tensor(value) if name == "target" else value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -165,6 +165,11 @@ class MixedLayer(nn.Module):
 
 def _check_probability(name: str) -> Callable[[MixedLayer, Any], None]:
     return lambda layer, value: checks.probability(type(layer).__name__, name, value)
+
+
+def _as_tensor(target: Any) -> Any:
+    """Torch registers what is a Parameter, and a target is none of the model's."""
+    return target.detach() if isinstance(target, nn.Parameter) else target
 
 
 def _check_target(layer: MixedLayer, target: Tensor | None) -> None:
@@ -411,4 +416,4 @@ def _set_mixout(
     module: MixedLayer, *, p: float, target: Tensor | None, mask: Mask, grad_p: float, rescale: bool
 ) -> None:
     checks.mixout(type(module).__name__, module.weight, target, p, mask, grad_p, rescale)
-    module.__dict__.update(p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)
+    module.__dict__.update(p=p, target=_as_tensor(target), mask=mask, grad_p=grad_p, rescale=rescale)

@@ -103,6 +103,17 @@ def test_from_linear_with_a_target_does_not_copy_it():
     assert mk.MixLinear.from_linear(linear, p=0.5, target=target).target is target
 
 
+def test_a_target_that_is_a_parameter_is_taken_as_a_tensor():
+    """Torch would register a Parameter, and refuse a second one of that name after it has dropped the first."""
+    frozen = nn.Parameter(torch.ones(12, 20), requires_grad=False)
+    module = mk.MixLinear(20, 12, p=0.5, target=torch.zeros(12, 20))
+    module.target = frozen
+    for layer in (module, mk.MixLinear(20, 12, p=0.5, target=frozen)):
+        assert type(layer.target) is torch.Tensor
+        assert layer.target.data_ptr() == frozen.data_ptr()
+        assert set(dict(layer.named_parameters())) == {"weight", "bias"}
+
+
 def test_target_is_not_trained(device):
     module = mk.MixLinear.from_linear(linear_of(device), p=0.5)
     target = module.target.clone()
