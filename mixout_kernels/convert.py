@@ -59,7 +59,8 @@ def apply_mixout(
             one of its parts: ``"encoder.layer.1?.*"``, ``"query"``.
         exclude: patterns of modules to leave alone. None leaves out new layers. A list says all: nothing else is held
             for new, so that ``()`` mixes new heads with their own initial weight (paper, section 6.2), and
-            ``(*mk.DEFAULT_HEADS, "my_head")`` goes by these names alone.
+            ``(*mk.DEFAULT_HEADS, "my_head")`` goes by these names alone. With ``targets`` every layer that a list lets
+            through needs an entry there; that of a head is in :func:`mixout_kernels.targets_state_dict`.
         subclasses: True mixes subclasses of Linear too that have no forward of their own. A list of classes mixes
             those, with the mixed forward in place of theirs.
         frozen: True mixes weights that do not require grad too, for those that are thawed later.
@@ -83,8 +84,8 @@ def apply_mixout(
         A :class:`Report` that lists every module with what was done.
 
     Raises:
-        ValueError: if nothing is left to mix, if a pattern matches nothing, if the model has mixout already, or if p,
-            mask or a target does not fit. The model is then unchanged.
+        ValueError: if nothing is left to mix, if a pattern matches nothing, if the model has mixout already, if p,
+            mask or a target does not fit, or is missing where ``exclude`` is a list. The model is then unchanged.
         TypeError: for weights that are no plain Parameters: ``fully_shard`` comes after mixout.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
@@ -105,7 +106,13 @@ def apply_mixout(
         reason = evidence.reason_against(weight)
         if pretrained is None:
             return reason if exclude is None else None
-        source = pretrained.find(weight, expected=reason is None)
+        source = pretrained.find(weight, expected=reason is None or exclude is not None)
+        if source is None and exclude is not None:
+            raise ValueError(
+                f"{name}: targets: expected an entry for {evidence.names_of(weight)[0]!r}, which exclude lets through, "
+                f"got none, but {pretrained.summary}: name it in exclude, or give targets that have it, as "
+                "targets_state_dict does"
+            )
         if source is None:
             return f"new: targets has no entry for it, but {pretrained.summary}"
         sources[id(weight)] = source
@@ -131,8 +138,8 @@ def apply_mixout(
     report = Report(p, mask, skipped=selection.skipped)
     for module, names, rate in selection.chosen:
         target = frozen_targets[id(module.weight)]
-        if isinstance(module, MixedLayer):  # with graddrop, which stays
-            module.target, module.p = target, rate
+        if isinstance(module, MixedLayer):  # with graddrop, which stays, or of p = 0
+            module.mask, module.target, module.p = mask, target, rate
         else:
             to_mixed(module, p=rate, target=target, mask=mask)
         for layer in names:

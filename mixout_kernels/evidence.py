@@ -99,9 +99,13 @@ class Evidence:
         self._missing = None if missing_keys is None else set(missing_keys)
         self._new_names = list(_new_names(model))
 
+    def names_of(self, parameter: Tensor) -> list[str]:
+        """All names of a Parameter of the model."""
+        return self._names.get(id(parameter), [])
+
     def reason_against(self, parameter: Tensor) -> str | None:
         """Why this parameter is held for a new one; None for a pretrained one."""
-        names = self._names.get(id(parameter), [])
+        names = self.names_of(parameter)
         if self._missing is not None and any(name in self._missing for name in names):
             return "new: missing_keys has it"
         if self._marked:
@@ -110,7 +114,7 @@ class Evidence:
 
     def named_as_new(self, parameter: Tensor) -> str | None:
         """By its names alone."""
-        for name in self._names.get(id(parameter), []):
+        for name in self.names_of(parameter):
             for prefix, pattern in self._new_names:
                 if name.startswith(prefix) and matches(name.removeprefix(prefix), pattern):
                     return f"excluded by {pattern!r}: new, by its name"

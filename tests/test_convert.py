@@ -239,6 +239,33 @@ def test_twice_raises_and_changes_nothing():
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("exclude", [(), ("blocks.0.*",)], ids=str)
+def test_targets_must_have_what_a_list_of_exclusions_lets_through(exclude):
+    """A resumed run would else train a head without the mixout that it had."""
+    model, pretrained = Encoder(), Encoder()
+    before, targets = state_of(model), pretrained.state_dict()
+    head = targets.pop("classifier.weight")
+    with pytest.raises(
+        ValueError, match=r"apply_mixout: targets: expected an entry for 'classifier\.weight', which ex"
+    ):
+        mk.apply_mixout(model, p=0.5, targets=targets, exclude=exclude)
+    assert_unchanged(model, before)
+    assert "classifier" not in mk.apply_mixout(Encoder(), p=0.5, targets=targets).mixed
+    mk.apply_mixout(model, p=0.5, targets={**targets, "classifier.weight": head}, exclude=exclude)
+    assert torch.equal(model.classifier.target, head)
+
+
+@pytest.mark.parametrize("prepare", ["p of zero", "fixed columns"])
+def test_a_layer_of_this_package_takes_the_mask_that_is_asked_for(prepare):
+    model = nn.Sequential(nn.Linear(4, 4))
+    if prepare == "fixed columns":
+        mk.apply_graddrop(model, keep={"0.weight": torch.tensor([True, False, True, False])})
+    else:
+        model[0] = mk.MixLinear(4, 4, p=0.0)
+    mk.apply_mixout(model, p=0.5, mask="weight")
+    assert (model[0].p, model[0].mask) == (0.5, "weight")
+
+
 def test_a_layer_by_itself():
     layer = nn.Linear(4, 4)
     report = mk.apply_mixout(layer, p=0.5)
