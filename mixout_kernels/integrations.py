@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class MixSamplerCallback(TrainerCallback):
     FSDP2 it calls :func:`mixout_kernels.shard_targets` then, unless the sampler needs whole targets.
 
     Args:
-        sampler: of the model that is trained.
+        sampler: of the model that is trained; or a function that is given the model when training begins, and makes it,
+            for a model whose weights are in place only then. Of each model it is called once.
         kept_columns: True: that hook where it applies: not where each rank has masks of its own, and with a warning not
             where DDP has a communication hook already. A ``KeptColumns`` of the sampler: this one, with its settings;
             what keeps it from being registered is an error. False: none.
@@ -49,9 +51,13 @@ class MixSamplerCallback(TrainerCallback):
         TypeError, ValueError: for an argument that does not fit.
     """
 
-    def __init__(self, sampler: MixSampler, kept_columns: Any = True) -> None:
-        if not isinstance(sampler, MixSampler):
-            raise TypeError(f"MixSamplerCallback: sampler: expected a MixSampler, got {type(sampler).__name__}")
+    def __init__(self, sampler: MixSampler | Callable[[nn.Module], MixSampler], kept_columns: Any = True) -> None:
+        made = isinstance(sampler, MixSampler)
+        if not made and (not callable(sampler) or isinstance(sampler, nn.Module)):
+            raise TypeError(
+                "MixSamplerCallback: sampler: expected a MixSampler, or a function of the model that makes one, got "
+                f"{type(sampler).__name__}"
+            )
         if not isinstance(kept_columns, bool) and not hasattr(kept_columns, "sampler"):
             raise TypeError(
                 "MixSamplerCallback: kept_columns: expected True, False or a KeptColumns, got "
@@ -59,10 +65,18 @@ class MixSamplerCallback(TrainerCallback):
             )
         if not isinstance(kept_columns, bool) and kept_columns.sampler is not sampler:
             raise ValueError("MixSamplerCallback: kept_columns: expected one of this sampler, got one of another")
-        self.sampler = sampler
+        self._make: Any = None if made else sampler
+        self._sampler: Any = sampler if made else None
         self.kept_columns = kept_columns
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._awaiting: RemovableHandle | None = None
+
+    @property
+    def sampler(self) -> MixSampler:
+        """The sampler; a function that makes it is called when training begins."""
+        if self._sampler is None:
+            raise RuntimeError("MixSamplerCallback: the sampler is made when training begins, which it has not")
+        return self._sampler
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # The shape of what callbacks of transformers' own store there.
@@ -77,7 +91,9 @@ class MixSamplerCallback(TrainerCallback):
                 f"MixSamplerCallback: there is no {folder}: the sampler's state is not in this checkpoint", stacklevel=2
             )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._make is not None and (self._sampler is None or self._sampler.model is not model):
+            self._sampler = self._made_for(model)
         saved = state.stateful_callbacks.get(_NAME)
         if saved is not None:
             self.sampler.load_state_dict(saved["attributes"])
@@ -91,6 +107,15 @@ class MixSamplerCallback(TrainerCallback):
         if self.kept_columns is not False and torch.distributed.is_available() and self._awaiting is None:
             # Trainer tells callbacks of the model alone, not of the DDP around it: the first call shows that.
             self._awaiting = register_module_forward_pre_hook(self._see)
+
+    def _made_for(self, model: nn.Module) -> MixSampler:
+        sampler = self._make(model)
+        if not isinstance(sampler, MixSampler):
+            raise TypeError(
+                f"MixSamplerCallback: sampler: expected a function that makes a MixSampler, got one that returns a "
+                f"{type(sampler).__name__}"
+            )
+        return sampler
 
     def _shard_targets(self) -> None:
         sampler = self.sampler

@@ -81,16 +81,16 @@ def accelerated(rank, efficient):
 
 
 def trained(rank, folder, *, sampler_first):
-    """By Trainer, whose callback shards the targets; or pieces and sampler are made when its model is sharded."""
+    """By Trainer, whose callback shards the targets; or makes the sampler once the model is sharded."""
     as_if_on_gpus(rank)
     model = bert()
+    pretrained = f"{folder}/pretrained-{rank}.pt"
+    torch.save(model.state_dict(), pretrained)
     mk.apply_mixout(model, p=0.7)
-    samplers = []
 
-    class MakeSampler(transformers.TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **_):
-            mk.shard_targets(model, from_weights=True)
-            samplers.append(mk.MixSampler(model, seed=3))
+    def make_sampler(model):
+        mk.shard_targets(model, targets=pretrained)
+        return mk.MixSampler(model, seed=3)
 
     arguments = transformers.TrainingArguments(
         output_dir=folder,
@@ -108,14 +108,17 @@ def trained(rank, folder, *, sampler_first):
     assert arguments.device.type == "cpu"  # asked for, it sets the state up anew
     pretend_gpus()
     data = [{"input_ids": torch.randint(1, 50, (6,)), "labels": number % 2} for number in range(12)]
-    if sampler_first:
-        samplers.append(mk.MixSampler(model, seed=3))
-    callbacks = [mk.MixSamplerCallback(samplers[0]) if sampler_first else MakeSampler()]
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+    callback = mk.MixSamplerCallback(mk.MixSampler(model, seed=3) if sampler_first else make_sampler)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[callback])
     before = [full(layer.weight).clone() for layer in layers(model)]
     result = trainer.train()
     moved = [not torch.equal(full(layer.weight), weight) for layer, weight in zip(layers(model), before, strict=True)]
-    return result.global_step, samplers[0].step, all(moved), {is_distributed(layer.target) for layer in layers(model)}
+    return (
+        result.global_step,
+        callback.sampler.step,
+        all(moved),
+        {is_distributed(layer.target) for layer in layers(model)},
+    )
 
 
 def every_case(rank, folder):

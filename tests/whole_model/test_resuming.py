@@ -100,8 +100,43 @@ def test_a_folder_that_is_not_there(whole, tmp_path):
 
 
 def test_a_callback_is_of_a_sampler():
-    with pytest.raises(TypeError, match=r"^MixSamplerCallback: sampler: expected a MixSampler, got Linear$"):
-        mk.MixSamplerCallback(torch.nn.Linear(2, 2))
+    expected = (
+        r"^MixSamplerCallback: sampler: expected a MixSampler, or a function of the model that makes one, got {}$"
+    )
+    for given in (torch.nn.Linear(2, 2), "sampler"):
+        with pytest.raises(TypeError, match=expected.format(type(given).__name__)):
+            mk.MixSamplerCallback(given)
+
+
+def test_a_sampler_that_is_made_when_training_begins(whole, tmp_path):
+    """Once for a model, however often it is trained; its state is saved, and resumed from, as that of any other."""
+    run, checkpoint = whole
+    resumed = Run(tmp_path, seed=2)
+    resumed.sampler.remove()
+    made = []
+
+    def make(model):
+        made.append(mk.MixSampler(model, seed=4))
+        return made[-1]
+
+    callback = mk.MixSamplerCallback(make)
+    with pytest.raises(RuntimeError, match="the sampler is made when training begins"):
+        _ = callback.sampler
+    resumed.trainer.remove_callback(resumed.callback)
+    resumed.trainer.add_callback(callback)
+    resumed.trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert callback.sampler.state_dict() == {"seed": 1, "step": STEPS}
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+    resumed.trainer.train()
+    assert made == [callback.sampler]
+
+
+def test_a_function_that_makes_no_sampler(tmp_path):
+    run = Run(tmp_path, seed=2, callback=False)
+    run.trainer.add_callback(mk.MixSamplerCallback(lambda model: None))
+    with pytest.raises(TypeError, match="expected a function that makes a MixSampler, got one that returns a NoneType"):
+        run.trainer.train()
 
 
 def accelerated(seed, pretrained):
