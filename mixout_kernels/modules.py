@@ -84,6 +84,7 @@ class MixedLayer(nn.Module):
             self._check_sharded()
             target = None  # FSDP has gathered Phi; or this rank's pieces are mixed
         elif target is not None:
+            self.check_target()
             if target.device != weight.device or target.dtype != weight.dtype:
                 target = self._target_for(weight)
             target = self.matrix(target)
@@ -101,6 +102,15 @@ class MixedLayer(nn.Module):
         if not torch.compiler.is_compiling():
             self.__dict__["last_call"] = LastCall(self, input, weight, target)
         return y
+
+    def check_target(self) -> None:
+        """Raises for a weight that was replaced by one of another shape: kernels would read past its target's end."""
+        if self.target is not None and self.target.shape != self.weight.shape:
+            raise ValueError(
+                f"{type(self).__name__}: target: expected the weight's shape {list(self.weight.shape)}, got "
+                f"{list(self.target.shape)}: the weight was replaced since (by resize_token_embeddings?); call "
+                "remove_mixout before that, and apply_mixout after it"
+            )
 
     def _check_sharded(self) -> None:
         whole = self.target is not None and not is_distributed(self.target)

@@ -111,6 +111,7 @@ class MixSampler:
         layers = full_names(model, prefix)
         if any(layer.slot is not None for layer in layers.values()):
             raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")
+        _check_targets(layers)
         if seed is None:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).item())
         seed = ranks.agree(seed, layers, process_group, same_on_all_ranks)  # also without layers: others wait for it
@@ -283,6 +284,15 @@ def _check_arguments(model: nn.Module, every: float, premix: bool | None, host_t
         raise ValueError("MixSampler: host_targets: expected False with premix=False: every call needs its target")
     if seed is not None and not is_64_bits(seed):
         raise ValueError(f"MixSampler: seed: expected an int of 64 bits or None, got {seed!r}")
+
+
+def _check_targets(layers: Mapping[str, MixedLayer]) -> None:
+    for name, layer in layers.items():
+        if layer.weight.dim() == 2:  # FSDP1 has pieces of a flat Parameter between forwards
+            try:
+                layer.check_target()
+            except ValueError as error:
+                raise ValueError(f"MixSampler: model: {name}: {error}") from None
 
 
 def _names_of_masks(

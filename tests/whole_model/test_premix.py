@@ -390,3 +390,34 @@ def test_evaluation_uses_the_weights_themselves():
     mk.remove_mixout(plain)
     assert torch.equal(model.eval()(x), plain.eval()(x))
     assert not torch.equal(model.train()(x), plain(x))
+
+
+@pytest.mark.parametrize("premix", [None, True, False])
+@pytest.mark.parametrize("shape", [(9, 8), (4, 6)], ids=str)
+def test_a_weight_of_another_shape_than_its_target_is_an_error_wherever_it_would_be_mixed(premix, shape):
+    """As after resize_token_embeddings of a tied weight: a kernel would read past the target's end."""
+
+    def replaced(model):
+        model[0].weight = nn.Parameter(torch.ones(shape))
+        model[0].bias = nn.Parameter(torch.ones(shape[0]))
+        return model
+
+    expected = rf"target: expected the weight's shape {list(shape)}, got [4, 8]: the weight was replaced since"
+    expected = expected.replace("[", r"\[")
+    model = nn.Sequential(nn.Linear(8, 4))
+    mk.apply_mixout(model, p=0.5)
+    sampler = mk.MixSampler(model, premix=premix)
+    model(torch.ones(2, 8))
+    replaced(model)
+    with pytest.raises(ValueError, match=f"^MixLinear: {expected}"):
+        model(torch.ones(2, shape[1]))
+    if sampler.extra_bytes:
+        with pytest.raises(ValueError, match=f"^MixLinear: {expected}"):
+            sampler.advance()
+    sampler.remove()
+    with pytest.raises(ValueError, match=f"^MixSampler: model: 0: MixLinear: {expected}"):
+        mk.MixSampler(model, premix=premix)
+    with pytest.raises(ValueError, match=f"^MixLinear: {expected}"):
+        model(torch.ones(2, shape[1]))
+    mk.remove_mixout(model)
+    model(torch.ones(2, shape[1]))
