@@ -30,6 +30,8 @@ FORWARDS_WITHOUT_STEP = 256
 # The same for steps of optimizers that hold no mixed weight, with a training forward before each: a GAN's other
 # optimizer may come first, but not many times.
 STEPS_OF_STRANGERS = 3
+# The same for counted steps at which every mixed layer is in eval mode, as from_pretrained leaves a model.
+STEPS_IN_EVAL_MODE = 3
 
 Ids = tuple[int, ...]
 
@@ -58,6 +60,7 @@ class Steps:
         self._before: weakref.WeakKeyDictionary[Optimizer, _Before] = weakref.WeakKeyDictionary()
         self._watched: MixedLayer | None = None  # the first that was called in training: its forwards are counted
         self._forwards = self._forwards_at_stranger = self._strangers = 0
+        self._steps_in_eval_mode: int | None = 0  # None once a step was taken in training mode
         self._said: set[str] = set()
 
     def before(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
@@ -86,6 +89,7 @@ class Steps:
         self._counts += 1
         self._stepped = before.held
         self.seen = True
+        self._note_mode()
         return steps
 
     def note_forward(self, layer: MixedLayer) -> None:
@@ -118,6 +122,19 @@ class Steps:
                     "optimizers take steps, but none holds a mixed weight (DeepSpeed ZeRO, or another that steps "
                     "copies of the weights?): the masks stay what they are. Call advance() after each step."
                 )
+
+    def _note_mode(self) -> None:
+        if self._steps_in_eval_mode is None:
+            return
+        if not self._layers or any(layer.training for layer in self._layers):
+            self._steps_in_eval_mode = None
+            return
+        self._steps_in_eval_mode += 1
+        if self._steps_in_eval_mode == STEPS_IN_EVAL_MODE:
+            self._say(
+                f"{STEPS_IN_EVAL_MODE} optimizer steps, and every mixed layer is in eval mode, in which nothing is "
+                "mixed: call model.train() before training, since from_pretrained returns a model in eval mode"
+            )
 
     def _say(self, message: str) -> None:
         if message not in self._said:

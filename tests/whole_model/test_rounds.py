@@ -281,6 +281,21 @@ def test_forwards_that_train_nothing_are_not_counted(monkeypatch):
             model(X)
 
 
+@pytest.mark.parametrize(("in_eval_mode", "warns"), [(2, False), (5, True)])
+def test_a_model_that_is_trained_in_eval_mode(in_eval_mode, warns):
+    """As from_pretrained leaves it. Once it was trained in training mode, the mode is the user's own business."""
+    model = models.with_mixout(models.mlp())
+    mk.MixSampler(model, seed=1)
+    optimizer = sgd(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for training in [False] * in_eval_mode + [True] + [False] * 5:
+            trained(model.train(training), optimizer)
+    messages = [str(warning.message) for warning in caught]
+    expected = "MixSampler: 3 optimizer steps, and every mixed layer is in eval mode"
+    assert [message[: len(expected)] for message in messages] == [expected] * warns
+
+
 def test_a_copy_without_a_sampler_has_nothing_to_say():
     model = models.with_mixout(models.mlp())
     mk.MixSampler(model, seed=1)
