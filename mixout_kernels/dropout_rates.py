@@ -1,4 +1,4 @@
-"""Dropout rates of a model: found wherever a module keeps one, set to 0 while mixout is in its place, and restored."""
+"""Dropout rates of a model: found wherever a module keeps one, changed by mixout or guided dropout, and restored."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import inspect
 import re
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-# Where the dropout rates of a module are kept while mixout is in the model.
-_RATES_ATTRIBUTE = "_dropout_before_mixout"
+Owner = Literal["mixout", "guided dropout"]
+
+# Where a module keeps what was changed in it: by attribute, the changes in their order.
+_CHANGES = "_dropout_changes"
 
 # dropout, attention_dropout, hidden_dropout_prob, attn_pdrop, drop_rate, drop_prob, dropouts ...; but neither
 # dropout_keep_prob, dropout_scale nor layerdrop.
@@ -46,6 +48,44 @@ def depth_rates_of(module: nn.Module) -> dict[str, float]:
     }
 
 
+class _Change(NamedTuple):
+    by: Owner
+    before: Any
+    given: Any
+
+
+def change(module: nn.Module, attribute: str, value: Any, by: Owner) -> None:
+    """Sets an attribute until :func:`undo`."""
+    changes = module.__dict__.setdefault(_CHANGES, {}).setdefault(attribute, [])
+    changes.append(_Change(by, module.__dict__[attribute], value))
+    setattr(module, attribute, value)
+
+
+def has_changes(model: nn.Module, by: Owner) -> bool:
+    return any(
+        change.by == by for m in model.modules() for made in m.__dict__.get(_CHANGES, {}).values() for change in made
+    )
+
+
+def undo(model: nn.Module, by: Owner) -> None:
+    """Puts back what was there before, in whatever order owners leave; what somebody else has set since stays."""
+    for module in model.modules():
+        changes = module.__dict__.get(_CHANGES, {})
+        for attribute, made in list(changes.items()):
+            place = next((place for place, change in enumerate(made) if change.by == by), None)
+            if place is None:
+                continue
+            gone = made.pop(place)
+            if place < len(made):  # what was changed upon it goes back to what was before it
+                made[place] = made[place]._replace(before=gone.before)
+            elif (present := module.__dict__.get(attribute)) is gone.given or present == gone.given:
+                setattr(module, attribute, gone.before)
+            if not made:
+                del changes[attribute]
+        if not changes:
+            module.__dict__.pop(_CHANGES, None)
+
+
 def disable(model: nn.Module, mixed: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Sets every rate to 0; says what was set, and what goes on, each by the module's name.
 
@@ -60,30 +100,23 @@ def disable(model: nn.Module, mixed: Iterable[str]) -> tuple[dict[str, str], dic
         if rates and name.startswith(adapters):
             left[name] = f"{_listed(rates)}: of an adapter, whose layers are not mixed"
         elif rates:
-            module.__dict__[_RATES_ATTRIBUTE] = rates
-            _set(module, {attribute: _zeros(rate) for attribute, rate in rates.items()})
+            _set_to_zero(module, rates)
             changed[name] = ", ".join(f"{attribute} {rate} -> 0" for attribute, rate in rates.items())
     return changed, left
 
 
 def restore(model: nn.Module) -> None:
-    """Puts the rates back, but for those that were set to something else since."""
-    for module in model.modules():
-        for attribute, rate in module.__dict__.pop(_RATES_ATTRIBUTE, {}).items():
-            if attribute.startswith("config."):
-                config = module.__dict__.get("config")
-                module.__dict__["config"] = getattr(type(config), "_plain_config", config)
-            elif module.__dict__.get(attribute) == _zeros(rate):
-                setattr(module, attribute, rate)
+    """Undoes :func:`disable`."""
+    undo(model, "mixout")
 
 
-def _set(module: nn.Module, rates: dict[str, Any]) -> None:
+def _set_to_zero(module: nn.Module, rates: dict[str, Any]) -> None:
     in_config = [name.removeprefix("config.") for name in rates if name.startswith("config.")]
     if in_config:
-        module.__dict__["config"] = _masked(module.__dict__["config"], tuple(in_config))
+        change(module, "config", _masked(module.__dict__["config"], tuple(in_config)), "mixout")
     for name, rate in rates.items():
         if not name.startswith("config."):
-            setattr(module, name, rate)
+            change(module, name, _zeros(rate), "mixout")
 
 
 def _is_rate(value: Any) -> bool:
@@ -141,7 +174,7 @@ def _masked(config: Any, rates: tuple[str, ...]) -> Any:
     aliases = getattr(config, "attribute_map", {})
     zero = {name: property(lambda _: 0.0) for rate in rates for name in (rate, aliases.get(rate, rate))}
     # A class made here cannot be imported: pickling and copy.deepcopy make it again, around their copy of the config.
-    own = {"_plain_config": config, "__reduce_ex__": lambda self, _: (_masked, (config, rates))}
+    own = {"__reduce_ex__": lambda self, _: (_masked, (config, rates))}
     masked: Any = object.__new__(type(cls.__name__, (cls,), {**zero, **own, "__module__": cls.__module__}))
     object.__setattr__(masked, "__dict__", config.__dict__)
     return masked

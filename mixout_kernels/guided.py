@@ -9,12 +9,9 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from .dropout_rates import rates_of
-from .evidence import DEFAULT_HEADS
-from .patterns import matches, patterns
-
-# The attribute in which a module keeps the rates that it had, and those that it was given.
-_RATES_ATTRIBUTE = "_dropout_before_guided"
+from .dropout_rates import change, has_changes, rates_of, undo
+from .evidence import DEFAULT_HEADS, own_patterns
+from .patterns import each_must_match, matches, patterns
 
 
 @dataclass
@@ -140,12 +137,13 @@ def apply_guided_dropout(
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_guided_dropout: model: expected an nn.Module, got {type(model).__name__}")
     excluded = patterns("apply_guided_dropout", "exclude", exclude)
-    if any(_RATES_ATTRIBUTE in module.__dict__ for module in model.modules()):
+    if has_changes(model, "guided dropout"):
         raise ValueError(
             "apply_guided_dropout: model: expected one without guided dropout; call remove_guided_dropout(model) first"
         )
     report = GuidedReport()
     places = _places_of_rates(model)
+    each_must_match("apply_guided_dropout", "exclude", own_patterns(excluded), [name for name, *_ in places], "dropout")
     layers = {layer for _, _, _, layer in places}
     scores: dict[str, float] = {}
     for name, _, _, layer in places:
@@ -164,8 +162,7 @@ def apply_guided_dropout(
     for name, module, attribute, _ in places:
         if name in rates:
             before = getattr(module, attribute)
-            module.__dict__.setdefault(_RATES_ATTRIBUTE, {})[attribute] = before, rates[name]
-            setattr(module, attribute, rates[name])
+            change(module, attribute, rates[name], "guided dropout")
             report.rates[name] = f"{before:g} -> {rates[name]:.5g} (Fisher {scores[name]:.3g})"
     return report
 
@@ -176,13 +173,9 @@ def remove_guided_dropout(model: nn.Module) -> None:
     Raises:
         ValueError: if there is no guided dropout in the model.
     """
-    held = [module for module in model.modules() if _RATES_ATTRIBUTE in module.__dict__]
-    if not held:
+    if not has_changes(model, "guided dropout"):
         raise ValueError("remove_guided_dropout: model: expected one with guided dropout, got none")
-    for module in held:
-        for attribute, (before, given) in module.__dict__.pop(_RATES_ATTRIBUTE).items():
-            if getattr(module, attribute) == given:
-                setattr(module, attribute, before)
+    undo(model, "guided dropout")
 
 
 def _places_of_rates(model: nn.Module) -> list[tuple[str, nn.Module, str, str]]:

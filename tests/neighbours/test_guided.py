@@ -1,5 +1,8 @@
 """Guided dropout: rates by rank, by name, on several architectures."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -198,6 +201,30 @@ def test_a_rate_that_was_changed_since_stays():
     assert model.bert.encoder.layer[0].output.dropout.p == 0.1
 
 
+@pytest.mark.parametrize("applied", [("mixout", "guided"), ("guided", "mixout")], ids=str)
+@pytest.mark.parametrize("removed", [("mixout", "guided"), ("guided", "mixout")], ids=str)
+@pytest.mark.parametrize("duplicate", [None, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_beside_mixout_the_last_to_be_removed_restores_the_rates(applied, removed, duplicate):
+    def rates(model):
+        return [(vars(module).get("p"), type(getattr(module, "config", None))) for module in model.modules()]
+
+    model = bert()
+    before = rates(model)
+    apply = {
+        "mixout": lambda: mk.apply_mixout(model, p=0.5),
+        "guided": lambda: mk.apply_guided_dropout(model, counted(model)),
+    }
+    for name in applied:
+        apply[name]()
+    assert rates(model) != before
+    if duplicate is not None:
+        model = duplicate(model)
+    for name in removed:
+        {"mixout": mk.remove_mixout, "guided": mk.remove_guided_dropout}[name](model)
+    assert rates(model) == before
+    assert not any("_dropout_changes" in vars(module) for module in model.modules())
+
+
 def test_guided_dropout_errors():
     model = llama()
     with pytest.raises(ValueError, match=r"apply_guided_dropout: nothing to guide: .*, got no dropout at all"):
@@ -210,6 +237,10 @@ def test_guided_dropout_errors():
         mk.apply_guided_dropout(model, {"other": torch.tensor(1.0)})
     with pytest.raises(ValueError, match=r"remove_guided_dropout: model: expected one with guided dropout, got none"):
         mk.remove_guided_dropout(model)
+    with pytest.raises(
+        ValueError, match=r"apply_guided_dropout: exclude: expected patterns that match a dropout .* 'zz'"
+    ):
+        mk.apply_guided_dropout(model, counted(model), exclude=["zz"])
     mk.apply_guided_dropout(model, counted(model))
     with pytest.raises(ValueError, match=r"expected one without guided dropout; call remove_guided_dropout\(model\)"):
         mk.apply_guided_dropout(model, counted(model))
