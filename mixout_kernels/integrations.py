@@ -48,7 +48,7 @@ class MixSamplerCallback(TrainerCallback):
             what keeps it from being registered is an error. False: none.
 
     Raises:
-        TypeError, ValueError: for an argument that does not fit.
+        TypeError, ValueError: for an argument that does not fit; when training begins, for a sampler of another model.
     """
 
     def __init__(self, sampler: MixSampler | Callable[[nn.Module], MixSampler], kept_columns: Any = True) -> None:
@@ -94,6 +94,7 @@ class MixSamplerCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._make is not None and (self._sampler is None or self._sampler.model is not model):
             self._sampler = self._made_for(model)
+        self._check_model(model)
         saved = state.stateful_callbacks.get(_NAME)
         if saved is not None:
             self.sampler.load_state_dict(saved["attributes"])
@@ -116,6 +117,14 @@ class MixSamplerCallback(TrainerCallback):
                 f"{type(sampler).__name__}"
             )
         return sampler
+
+    def _check_model(self, model: nn.Module | None) -> None:
+        layers = [slot.layer for slot in self.sampler.slots]
+        if model is not None and layers and set(layers).isdisjoint(model.modules()):
+            raise ValueError(
+                "MixSamplerCallback: sampler: expected one of the model that Trainer trains, got one of another: none "
+                f"of its {len(layers)} layers is in this {type(model).__name__}"
+            )
 
     def _shard_targets(self) -> None:
         sampler = self.sampler

@@ -229,7 +229,8 @@ class MixSampler:
             self.shards.take_out()
             self.shards.make_targets_whole()
             self.shards = None
-        present = [slot for slot in self._slots if slot.layer.slot is slot]
+        # After remove_mixout, which has called this, the layers are plain ones.
+        present = [slot for slot in self._slots if getattr(slot.layer, "slot", None) is slot]
         for slot in present:
             slot.layer.slot = None
         if self._masks is not None:

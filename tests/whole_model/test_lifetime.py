@@ -74,6 +74,7 @@ def test_remove():
     assert not torch.equal(model(x), model(x))
     models.step(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
     assert sampler.step == 0
+    sampler.remove()
     mk.MixSampler(model).remove()  # another one may follow
     sampler.remove()  # and again is no error
     assert followers() == before

@@ -132,6 +132,14 @@ def test_a_sampler_that_is_made_when_training_begins(whole, tmp_path):
     assert made == [callback.sampler]
 
 
+def test_a_sampler_of_another_model(tmp_path):
+    """As after a cell of a notebook was run twice: the masks would stay the first ones."""
+    run, other = Run(tmp_path, seed=2, callback=False), Run(tmp_path, seed=2)
+    run.trainer.add_callback(other.callback)
+    with pytest.raises(ValueError, match="MixSamplerCallback: sampler: expected one of the model that Trainer trains"):
+        run.trainer.train()
+
+
 def test_a_function_that_makes_no_sampler(tmp_path):
     run = Run(tmp_path, seed=2, callback=False)
     run.trainer.add_callback(mk.MixSamplerCallback(lambda model: None))
