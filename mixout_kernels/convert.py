@@ -254,12 +254,14 @@ def _nothing_to_mix(selection: Selection) -> str:
 
 def _other_parameters(model: nn.Module) -> dict[str, str]:
     """What no conversion reaches: embeddings, convolutions, ``in_proj_weight``, experts in one tensor, routers."""
-    linear_weights = {id(module._parameters.get("weight")) for module in linear_layers(model).values()}
+    linear_of = {id(module._parameters.get("weight")): name for name, module in linear_layers(model).items()}
     found = {}
     for prefix, module in model.named_modules():
         for name, weight in module._parameters.items():
-            if weight is None or weight.dim() < 2 or id(weight) in linear_weights or is_linear(module):
+            if weight is None or weight.dim() < 2 or is_linear(module):
                 continue
-            kind, shape = type(module).__name__, list(weight.shape)
-            found[f"{prefix}.{name}".lstrip(".")] = f"{kind}, a Parameter {shape}: mixout() mixes it where it is read"
+            what = f"{type(module).__name__}, a Parameter {list(weight.shape)}"
+            tied = linear_of.get(id(weight))
+            how = "mixout() mixes it where it is read" if tied is None else f"tied to {tied!r}, and read here as it is"
+            found[f"{prefix}.{name}".lstrip(".")] = f"{what}: {how}"
     return found

@@ -106,6 +106,16 @@ def test_report_lists_every_module_with_what_was_done():
         assert name in text
 
 
+def test_a_tied_embedding_is_listed():
+    """One Parameter is mixed where the linear layer reads it, and not where the embedding does."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "output": nn.Linear(3, 5, bias=False)})
+    model["output"].weight = model["embedding"].weight
+    report = mk.apply_mixout(model, p=0.5)
+    assert set(report.mixed) == {"output"}
+    tied = "Embedding, a Parameter [5, 3]: tied to 'output', and read here as it is"
+    assert report.skipped == {"embedding.weight": tied}
+
+
 def test_output_before_training_is_the_pretrained_one(device):
     """w = u: whatever the mask, Phi is w. So the first training forward equals the model without dropout."""
     model = Encoder().to(device)

@@ -121,8 +121,7 @@ class MixSampler:
                 "MixSampler: model: expected one with mixout layers or graddrop; call apply_mixout(model, p=...) first"
             )
         groups = groups_of(layers, share_masks)
-        self.every, self.same_on_all_ranks = every, same_on_all_ranks
-        self.premix, self.host_targets = True if host_targets else premix, host_targets
+        self.same_on_all_ranks = same_on_all_ranks
         names, numbers = _names_of_masks(groups, layers, masks, prefix)
         self._seeds = Seeds(seed, every, names)
         self._steps = Steps(list(layers.values()), tuple if masks is None else masks.parameters)
@@ -131,7 +130,7 @@ class MixSampler:
         # Steps taken within a backward: seeds and Phi must stay until it has ended.
         self._pending: int | Tensor | None = None
         self._backward = EndOfBackward(self._settle)
-        self._ahead = MixedAhead(phis, self._seeds, self.premix, host_targets)
+        self._ahead = MixedAhead(phis, self._seeds, True if host_targets else premix, host_targets)
         shared = [SharedInput(len(names)) for names in groups]
         self._slots = [
             Slot(self, phi, self._ahead, shared[phi.draw.mask], self._seeds, self._steps, self._backward)
@@ -162,6 +161,21 @@ class MixSampler:
             f"premix={self.premix}, host_targets={self.host_targets}, same_on_all_ranks={self.same_on_all_ranks}, "
             f"kept_all_gather={self.kept_all_gather}, {self.state_dict()})"
         )
+
+    @property
+    def every(self) -> float:
+        """Optimizer steps between two draws."""
+        return self._seeds.every
+
+    @property
+    def premix(self) -> bool | None:
+        """Whether Phi is kept between steps; None where it pays."""
+        return self._ahead.wanted
+
+    @property
+    def host_targets(self) -> bool:
+        """Whether the targets are in host memory."""
+        return self._ahead.host_targets
 
     @property
     def step(self) -> int:

@@ -80,6 +80,14 @@ def test_remove():
     assert followers() == before
 
 
+@pytest.mark.parametrize("setting", ["every", "premix", "host_targets"])
+def test_settings_that_hold_for_good_cannot_be_set(setting):
+    sampler = mk.MixSampler(models.with_mixout(models.mlp()), every=2, premix=True)
+    assert (sampler.every, sampler.premix, sampler.host_targets) == (2, True, False)
+    with pytest.raises(AttributeError):
+        setattr(sampler, setting, True)
+
+
 def test_an_old_sampler_that_is_removed_again_leaves_the_new_one_alone():
     model, x = models.with_mixout(models.mlp()), models.random_input()
     old = mk.MixSampler(model)
