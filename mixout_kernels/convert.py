@@ -216,8 +216,10 @@ def _frozen_targets(
         _check_weight(names[0], weight)
         # Copied, and only then cast: .to() of the same dtype would alias the weight or the caller's tensor.
         source = frozen_copy(sources.pop(id(weight), weight))
-        target = source.to(device=weight.device, dtype=dtype or weight.dtype)
-        checks.mixout(f"apply_mixout: {names[0]!r}", weight, target, rate, mask)
+        # Of a weight without values, on the meta device, a target that was given stays where its values are.
+        device = source.device if weight.is_meta else weight.device
+        target = source.to(device=device, dtype=dtype or weight.dtype)
+        checks.mixout(f"apply_mixout: {names[0]!r}", weight, target.to(weight.device), rate, mask)
         targets[id(weight)] = target
     return targets
 

@@ -129,9 +129,9 @@ class MixedLayer(nn.Module):
         assert self.target is not None
         if self.target.is_meta:
             raise RuntimeError(
-                f"{type(self).__name__}: expected a target with values, got one on the meta device: load the "
-                "pretrained weights before apply_mixout, or call shard_targets(model, from_weights=True) once every "
-                "rank has its piece of them"
+                f"{type(self).__name__}: target: expected one with values, got one on the meta device: load the "
+                "pretrained weights before apply_mixout, or give them as its targets=; for a sharded model call "
+                "shard_targets(model, from_weights=True) once every rank has its piece of them"
             )
         if not self.host_target:
             # A target narrower than its weight was asked for; a wider one has digits that the weight has not.
@@ -141,12 +141,16 @@ class MixedLayer(nn.Module):
         return self.target
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        without_values = self.weight.is_meta
         super()._apply(fn, recurse)
-        if self.target is not None and not self.host_target:
-            with torch.no_grad():
-                moved = fn(self.target)
-            if moved.is_meta or not self.target.is_meta:  # to_empty() would give it any values
-                self.__dict__["target"] = moved
+        if self.target is None or self.host_target:
+            return self
+        with torch.no_grad():
+            moved = fn(self.target)
+        # to_empty(), which alone leaves the meta device, would give a target any values.
+        emptied = (without_values and not self.weight.is_meta) or (self.target.is_meta and not moved.is_meta)
+        if not emptied:
+            self.__dict__["target"] = moved
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -357,7 +361,8 @@ def to_mixed(
 ) -> None:
     """Gives a plain layer mixout, in place: its class changes; the object, its Parameters and its hooks stay."""
     plain, mixed = type(module), mixed_class(type(module))
-    checks.mixout(mixed.__name__, module.weight, target, p, mask, grad_p, rescale)  # type: ignore[arg-type]
+    weight: Any = module.weight
+    checks.mixout(mixed.__name__, weight, _beside(weight, target), p, mask, grad_p, rescale)
     _rebind(module, plain, mixed)
     module.__class__ = mixed
     _set_mixout(module, p=p, target=target, mask=mask, grad_p=grad_p, rescale=rescale)  # type: ignore[arg-type]
@@ -422,8 +427,13 @@ def frozen_copy(weight: Tensor) -> Tensor:
     return weight.detach().clone(memory_format=torch.preserve_format)
 
 
+def _beside(weight: Tensor, target: Tensor | None) -> Tensor | None:
+    """For checks: beside a weight on the meta device, which has no values yet, a target may have some elsewhere."""
+    return target.to("meta") if isinstance(target, Tensor) and weight.is_meta else target
+
+
 def _set_mixout(
     module: MixedLayer, *, p: float, target: Tensor | None, mask: Mask, grad_p: float, rescale: bool
 ) -> None:
-    checks.mixout(type(module).__name__, module.weight, target, p, mask, grad_p, rescale)
+    checks.mixout(type(module).__name__, module.weight, _beside(module.weight, target), p, mask, grad_p, rescale)
     module.__dict__.update(p=p, target=_as_tensor(target), mask=mask, grad_p=grad_p, rescale=rescale)

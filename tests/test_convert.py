@@ -341,10 +341,22 @@ def test_a_model_from_the_meta_device_needs_other_targets():
         model = nn.Sequential(nn.Linear(4, 4))
     mk.apply_mixout(model, p=0.5)
     model.to_empty(device="cpu").half()
-    with pytest.raises(RuntimeError, match=r"^MixLinear: expected a target with values, got one on the meta device"):
+    with pytest.raises(RuntimeError, match=r"^MixLinear: target: expected one with values, got one on the meta device"):
         model(torch.ones(1, 4, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"^MixSampler: model: expected the target of '0' in memory on every rank"):
         mk.MixSampler(model)
+
+
+def test_targets_that_are_given_to_a_model_on_the_meta_device():
+    """They outlive ``to_empty``, and go where the weights have gone."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    pretrained = {"0.weight": torch.arange(16.0).reshape(4, 4)}
+    mk.apply_mixout(model, p=1.0, targets=pretrained)
+    model.to_empty(device="cpu")
+    model.load_state_dict({"0.weight": torch.zeros(4, 4)})
+    assert torch.equal(model(torch.eye(4)), pretrained["0.weight"].t())
+    assert torch.equal(model.double()[0].target, pretrained["0.weight"].double())
 
 
 def test_a_weight_that_is_partitioned_already_is_refused():
