@@ -38,6 +38,7 @@ class Pretrained:
 
     Raises:
         TypeError: for a source of another kind.
+        ValueError: for one without any parameter.
         FileNotFoundError: for a path or a hub id where there is no checkpoint on this machine.
     """
 
@@ -62,7 +63,11 @@ class Pretrained:
                 f"{function}: targets: expected a state_dict, a model or a path, got {type(source).__name__}"
             )
         self._keys = {_unwrapped(key): key for key in self.state}
-        self.summary = f"{len(self.state)} others such as {next(iter(self.state), None)!r}"
+        if not self._keys:
+            raise ValueError(
+                f"{function}: targets: expected pretrained parameters, got a {type(source).__name__} with none"
+            )
+        self.summary = f"{len(self.state)} others such as {next(iter(self.state))!r}"
 
     def find(self, parameter: Tensor, *, expected: bool = True) -> Tensor | None:
         """The pretrained tensor, or None where the source has none; checked to be a tensor of the parameter's shape.

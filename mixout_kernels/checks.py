@@ -54,7 +54,7 @@ def axis(name: str, value: object, dimensions: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: axis: expected an int or None, got {type(value).__name__}")
     if not 0 <= value < dimensions:
-        raise ValueError(f"{name}: axis: expected one of the weight's {dimensions} dimensions, got {value}")
+        raise ValueError(f"{name}: axis: expected a dimension of the weight, 0 to {dimensions - 1}, got {value}")
 
 
 def shape(name: str, value: object) -> tuple[int, ...]:

@@ -260,7 +260,7 @@ def _other_parameters(model: nn.Module) -> dict[str, str]:
     found = {}
     for prefix, module in model.named_modules():
         for name, weight in module._parameters.items():
-            if weight is None or weight.dim() < 2 or is_linear(module):
+            if weight is None or is_linear(module) or nn.parameter.is_lazy(weight) or weight.dim() < 2:
                 continue
             what = f"{type(module).__name__}, a Parameter {list(weight.shape)}"
             tied = linear_of.get(id(weight))

@@ -26,7 +26,7 @@ def each_must_match(
     function: str, argument: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear layer"
 ) -> None:
     """A pattern that matches nothing is a typo, and would be a silent one."""
-    names = list(names)
+    names = list(dict.fromkeys(names))
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(

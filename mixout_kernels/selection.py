@@ -134,8 +134,11 @@ def reason_of_class(
         for ancestor in type(parent).__mro__:
             if name.rpartition(".")[2] in READ_ELSEWHERE.get(ancestor.__name__, ()):
                 return f"{type(parent).__name__} reads its weight itself, without its forward"
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, nn.Parameter):
         return "its weight is computed, not a Parameter"
+    if nn.parameter.is_lazy(weight):
+        return "lazy: its weight has no shape before the first forward"
     # FSDP's class is the user's Linear all the same, with a sharded weight that apply_mixout refuses.
     sharded = cls.__module__.startswith("torch.distributed.")
     plain = cls is nn.Linear or is_conv1d(module) or isinstance(module, MixedLayer) or sharded

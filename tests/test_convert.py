@@ -223,6 +223,7 @@ def test_a_model_without_linears_raises():
         ({"p": 0.5, "exclude": "query"}, TypeError, "exclude: expected a list of patterns, got the string 'query'"),
         ({"p": 0.5, "exclude": 5}, TypeError, "exclude: expected a list of patterns, got 5"),
         ({"p": 0.5, "include": [1]}, TypeError, r"include: expected a list of patterns, got \[1\]"),
+        ({"p": 0.5, "targets": {}}, ValueError, "targets: expected pretrained parameters, got a dict with none"),
         ({"p": 0.5, "targets": 5}, TypeError, "targets: expected a state_dict, a model or a path, got int"),
         (
             {"p": 0.5, "target_dtype": "bfloat16"},
@@ -309,6 +310,12 @@ def test_a_computed_weight_is_skipped():
     report = mk.apply_mixout(model, p=0.5)
     assert set(report.mixed) == {"plain"}
     assert report.skipped == {"normed": "its weight is computed, not a Parameter"}
+
+
+def test_a_lazy_layer_is_skipped():
+    report = mk.apply_mixout(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2), nn.LazyConv1d(2, 2)), p=0.5)
+    assert set(report.mixed) == {"0"}
+    assert report.skipped == {"1": "lazy: its weight has no shape before the first forward"}
 
 
 def test_multihead_attention_is_left_alone():
