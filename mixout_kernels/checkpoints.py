@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .evidence import names_by_parameter
+from .names import unwrapped
 from .pieces import Piece, is_distributed, local, own_piece
 
 Source = Mapping[str, Tensor] | nn.Module | str | Path
@@ -25,8 +26,6 @@ _FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Parts that wrappers put into names: DDP, torch.compile, FSDP, activation checkpointing, peft.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 
 
 class Pretrained:
@@ -62,7 +61,7 @@ class Pretrained:
             raise TypeError(
                 f"{function}: targets: expected a state_dict, a model or a path, got {type(source).__name__}"
             )
-        self._keys = {_unwrapped(key): key for key in self.state}
+        self._keys = {unwrapped(key): key for key in self.state}
         if not self._keys:
             raise ValueError(
                 f"{function}: targets: expected pretrained parameters, got a {type(source).__name__} with none"
@@ -97,7 +96,7 @@ class Pretrained:
         return self.state.entry(key) if isinstance(self.state, _Files) else self.state[key]
 
     def _spellings(self, name: str) -> Iterator[str]:
-        name = _unwrapped(name)
+        name = unwrapped(name)
         yield name
         for prefix in self._prefixes:
             if name.startswith(prefix):
@@ -110,16 +109,12 @@ class Pretrained:
         return self._loaded
 
 
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def _prefixes(model: nn.Module) -> list[str]:
     prefixes = ["model."]
     for name, module in model.named_modules():
         base = getattr(module, "base_model_prefix", None)
         if isinstance(base, str):  # one of transformers' models
-            inner = _unwrapped(name)
+            inner = unwrapped(name)
             prefixes += [f"{prefix}." for prefix in (inner, base, f"{inner}.{base}".strip(".")) if prefix]
     return list(dict.fromkeys(prefixes))
 

@@ -66,8 +66,9 @@ def apply_mixout(
         frozen: True mixes weights that do not require grad too, for those that are thawed later.
         policy: "linear", or "after-dropout": only layers whose parent module has a dropout rate above 0, which is what
             the paper's authors did for BERT (its intermediate layers have none).
-        missing_keys: names of parameters that were not in the checkpoint, as ``load_state_dict(strict=False)`` and
-            ``from_pretrained(output_loading_info=True)`` return them.
+        missing_keys: names of parameters that were not in the checkpoint, as ``missing_keys`` of what
+            ``load_state_dict(strict=False)`` and ``from_pretrained(output_loading_info=True)`` return; a wrapper's
+            prefix may be before them.
         example: a batch for the model: a mapping is given as keywords, a tuple or list as positional arguments. The
             model is evaluated on it once, and layers that this does not call are left alone: mixing what is read
             elsewhere does nothing.
@@ -85,7 +86,8 @@ def apply_mixout(
 
     Raises:
         ValueError: if nothing is left to mix, if a pattern matches nothing, if the model has mixout already, if p,
-            mask or a target does not fit, or is missing where ``exclude`` is a list. The model is then unchanged.
+            mask, missing_keys or a target does not fit, or a target is missing where ``exclude`` is a list. The model
+            is then unchanged.
         TypeError: for weights that are no plain Parameters: ``fully_shard`` comes after mixout.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
@@ -98,7 +100,7 @@ def apply_mixout(
     if not isinstance(target_dtype, (torch.dtype, type(None))):
         raise TypeError(f"{name}: target_dtype: expected a torch.dtype or None, got {target_dtype!r}")
 
-    evidence = Evidence(model, missing_keys)
+    evidence = Evidence(name, model, missing_keys)
     pretrained = None if targets is None else Pretrained(name, targets, model)
     sources: dict[int, Tensor] = {}  # by the weight's id, what is found in targets
 

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from .patterns import matches
+from .names import unwrapped
+from .patterns import matches, strings
 
 # Heads that transformers, timm and peft add to a pretrained model and initialise at random, by name: the last resort
 # where nothing tells what is pretrained. (The paper's section 6.2 mixes a new head with its own initial weight: pass
@@ -89,14 +90,18 @@ class Evidence:
 
     transformers sets ``_is_hf_initialized`` on each Parameter that came from the checkpoint. Only where no Parameter
     of the model has that mark, and no missing keys are given, do names decide.
+
+    Raises:
+        TypeError: for missing keys that are no list of names.
+        ValueError: for some of which the model has none: they would make everything pretrained.
     """
 
-    def __init__(self, model: nn.Module, missing_keys: Iterable[str] | None) -> None:
+    def __init__(self, function: str, model: nn.Module, missing_keys: Iterable[str] | None) -> None:
         self._names = names_by_parameter(model)
         self._marked = {
             id(parameter) for parameter in model.parameters() if getattr(parameter, "_is_hf_initialized", False)
         }
-        self._missing = None if missing_keys is None else set(missing_keys)
+        self._missing = None if missing_keys is None else _missing(function, model, missing_keys)
         self._new_names = list(_new_names(model))
 
     def names_of(self, parameter: Tensor) -> list[str]:
@@ -106,7 +111,7 @@ class Evidence:
     def reason_against(self, parameter: Tensor) -> str | None:
         """Why this parameter is held for a new one; None for a pretrained one."""
         names = self.names_of(parameter)
-        if self._missing is not None and any(name in self._missing for name in names):
+        if self._missing is not None and any(unwrapped(name) in self._missing for name in names):
             return "new: missing_keys has it"
         if self._marked:
             return None if id(parameter) in self._marked else "new: from_pretrained did not load it"
@@ -119,6 +124,21 @@ class Evidence:
                 if name.startswith(prefix) and matches(name.removeprefix(prefix), pattern):
                     return f"excluded by {pattern!r}: new, by its name"
         return None
+
+
+def _missing(function: str, model: nn.Module, missing_keys: Iterable[str]) -> set[str]:
+    """The missing keys without what wrappers add to names."""
+    keys = strings(function, "missing_keys", missing_keys, "names of parameters")
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    own = [name for name, _ in tensors]
+    states = [f"{name}._extra_state".lstrip(".") for name, _ in model.named_modules(remove_duplicate=False)]
+    missing = set(map(unwrapped, keys))
+    if missing and missing.isdisjoint(map(unwrapped, (*own, *states))):
+        raise ValueError(
+            f"{function}: missing_keys: expected names of the model's parameters, such as {', '.join(own[:3])}, got "
+            f"{', '.join(map(repr, keys[:8]))}, of which it has none"
+        )
+    return missing
 
 
 def _new_names(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -14,11 +14,16 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def patterns(function: str, argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise TypeError(f"{function}: {argument}: expected a list of patterns, got the string {patterns!r}")
-    found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"{function}: {argument}: expected a list of patterns, got {patterns!r}")
+    return strings(function, argument, patterns, "patterns")
+
+
+def strings(function: str, argument: str, values: Iterable[str], what: str) -> tuple[str, ...]:
+    """A string would be an iterable of strings too: of its characters."""
+    if isinstance(values, str):
+        raise TypeError(f"{function}: {argument}: expected a list of {what}, got the string {values!r}")
+    found = tuple(values) if isinstance(values, Iterable) else (None,)
+    if not all(isinstance(value, str) for value in found):
+        raise TypeError(f"{function}: {argument}: expected a list of {what}, got {values!r}")
     return found
 
 

@@ -62,7 +62,7 @@ def decay_to_target(
     excluded = () if exclude is None else patterns("decay_to_target", "exclude", exclude)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     each_must_match("decay_to_target", "exclude", own_patterns(excluded), names, "parameter")
-    evidence = Evidence(model, missing_keys)
+    evidence = Evidence("decay_to_target", model, missing_keys)
     pretrained = None if targets is None else Pretrained("decay_to_target", targets, model)
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     mixed: dict[Tensor, MixedLayer] = {}

@@ -1,6 +1,8 @@
 """Which layers are mixed, with which p, by what evidence; and the reason against every other one."""
 
+import re
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -145,6 +147,65 @@ def test_missing_keys_come_before_names():
     report = mk.apply_mixout(net(), p=0.5, missing_keys=["body.0.query.weight", "body.0.query.bias"])
     assert set(report.mixed) == BODY - {"body.0.query"} | {"classifier"}
     assert report.skipped["body.0.query"] == "new: missing_keys has it"
+
+
+@pytest.mark.parametrize("before", ["", "module.", "_orig_mod."])
+def test_missing_keys_of_what_wraps_the_model(before):
+    report = mk.apply_mixout(net(), p=0.5, missing_keys=[f"{before}classifier.weight", f"{before}classifier.bias"])
+    assert set(report.mixed) == BODY
+    assert report.skipped["classifier"] == "new: missing_keys has it"
+
+
+def test_no_missing_keys_make_all_pretrained():
+    assert set(mk.apply_mixout(net(), p=0.5, missing_keys=[]).mixed) == BODY | {"classifier"}
+
+
+def test_missing_keys_may_be_of_buffers_and_tied_parameters_alone():
+    model = net()
+    model["classifier"].register_buffer("steps", torch.zeros(1), persistent=False)
+    assert set(mk.apply_mixout(model, p=0.5, missing_keys=["classifier.steps"]).mixed) == BODY | {"classifier"}
+    model = net()
+    model["body"][1].query.weight = model["body"][0].query.weight
+    report = mk.apply_mixout(model, p=0.5, missing_keys=["body.1.query.weight"])
+    assert set(report.mixed) == {"body.0.output", "body.1.output", "classifier"}
+
+
+class MissingAndUnexpected(NamedTuple):
+    missing_keys: list
+    unexpected_keys: list
+
+
+@pytest.mark.parametrize(
+    ("missing_keys", "error", "message"),
+    [
+        ("classifier.weight", TypeError, "expected a list of names of parameters, got the string 'classifier.weight'"),
+        (
+            MissingAndUnexpected(["classifier.weight"], []),
+            TypeError,
+            "expected a list of names of parameters, got Missi",
+        ),
+        ([b"classifier.weight"], TypeError, "expected a list of names of parameters, got [b'classifier.weight']"),
+        (3, TypeError, "expected a list of names of parameters, got 3"),
+        (
+            ["head.weight", "head.bias"],
+            ValueError,
+            "expected names of the model's parameters, such as body.0.query.weight, body.0.query.bias, "
+            "body.0.output.weight, got 'head.weight', 'head.bias', of which it has none",
+        ),
+        ({"missing_keys": [], "unexpected_keys": []}, ValueError, "got 'missing_keys', 'unexpected_keys', of which"),
+    ],
+    ids=["a string", "what load_state_dict returns", "bytes", "a number", "other names", "loading info"],
+)
+@pytest.mark.parametrize("function", ["apply_mixout", "decay_to_target"])
+def test_missing_keys_that_would_make_a_new_head_pretrained(function, missing_keys, error, message):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    call = {
+        "apply_mixout": lambda: mk.apply_mixout(model, p=0.5, missing_keys=missing_keys),
+        "decay_to_target": lambda: mk.decay_to_target(optimizer, model, 0.1, missing_keys=missing_keys),
+    }[function]
+    with pytest.raises(error, match=f"^{function}: missing_keys: .*{re.escape(message)}"):
+        call()
 
 
 def test_targets_come_before_all():

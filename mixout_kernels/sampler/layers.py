@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from ..draws import Draw, GradientMask, strides_of
 from ..modules import MixedLayer
+from ..names import TORCH_WRAPPERS, unwrapped
 from .seeds import Seeds
-
-# Modules that hold the one they wrap under these names; a layer is the same layer within them.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def full_names(model: nn.Module, prefix: str) -> dict[str, MixedLayer]:
@@ -20,7 +18,7 @@ def full_names(model: nn.Module, prefix: str) -> dict[str, MixedLayer]:
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     named = {name: m for name, m in model.named_modules() if isinstance(m, MixedLayer)}
-    return {prefix + ".".join(part for part in name.split(".") if part not in WRAPPERS): m for name, m in named.items()}
+    return {prefix + unwrapped(name, TORCH_WRAPPERS): module for name, module in named.items()}
 
 
 class LayerDraw:
