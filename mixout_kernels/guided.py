@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .dropout_rates import change, has_changes, rates_of, undo
 from .evidence import DEFAULT_HEADS, own_patterns
 from .patterns import each_must_match, matches, patterns
+from .selection import linear_layers
 
 
 @dataclass
@@ -31,7 +32,7 @@ class GuidedReport:
         return "\n".join([head, *(f"{what:8} {name:{width}}  {detail}" for what, name, detail in rows)])
 
 
-def layer_scores(fisher: Mapping[str, Tensor], *layers: str) -> dict[str, float]:
+def layer_scores(fisher: Mapping[str, Tensor], *layers: str, model: nn.Module | None = None) -> dict[str, float]:
     """A score of each layer: the mean over its tensors of each tensor's mean Fisher information (arXiv 2406.14005).
 
     Tensors count alike, whatever their sizes.
@@ -41,34 +42,60 @@ def layer_scores(fisher: Mapping[str, Tensor], *layers: str) -> dict[str, float]
         layers: how the dotted names of layers end: "attention.self" is every attention.self, "layer.*" every block of a
             BERT. A parameter belongs to the shortest such part of its name, by the first pattern that it has. None
             given: every module that holds parameters.
+        model: leave out layers without a linear layer of this model, such as norms and embeddings, of which
+            ``apply_mixout(p=...)`` would say that they match nothing.
 
     Returns:
-        By pattern, in the order of ``fisher``: "encoder.layer.0.attention.self.*" and its score, as
-        ``apply_mixout(model, p=mk.guided_rates(scores))`` takes it.
+        By pattern, in the order of ``fisher``, those without a dot last: "encoder.layer.0.attention.self.*", or
+        "encoder.layer.0.attention.self.query" of a layer that holds its parameters itself, and its score. Rates for
+        mixout are those of linear layers::
+
+            mk.apply_mixout(model, p=mk.guided_rates(mk.layer_scores(fisher, model=model)))
 
     Raises:
-        ValueError: if a pattern matches nothing, or ``fisher`` is empty.
+        ValueError: if a pattern matches nothing, ``fisher`` is empty, or the model has no linear layer of it.
+        TypeError: for a model that is no ``nn.Module``.
     """
+    if not isinstance(model, (nn.Module, type(None))):
+        raise TypeError(f"layer_scores: model: expected an nn.Module or None, got {type(model).__name__}")
     if not fisher:
         raise ValueError("layer_scores: fisher: expected the Fisher information of one parameter or more, got none")
     means: dict[str, list[float]] = {}
+    hold_others: set[str] = set()  # layers with parameters in modules of theirs
     unmatched = set(layers)
     for name, tensor in fisher.items():
         parts = name.split(".")
+        holder = name.rpartition(".")[0]
         if not layers:
-            means.setdefault(".".join([*parts[:-1], "*"]), []).append(_mean(tensor))
+            means.setdefault(holder, []).append(_mean(tensor))
         for pattern in layers:
             layer = _layer_of(parts, pattern.split("."))
             if layer:
                 unmatched.discard(pattern)
-                means.setdefault(f"{layer}.*", []).append(_mean(tensor))
+                means.setdefault(layer, []).append(_mean(tensor))
+                if layer != holder:
+                    hold_others.add(layer)
                 break
     if unmatched:
         raise ValueError(
             f"layer_scores: layers: expected patterns that match, got {min(unmatched)!r}, which matches none of "
             f"{len(fisher)} parameters, the first of them {next(iter(fisher))!r}"
         )
-    return {layer: sum(values) / len(values) for layer, values in means.items()}
+    scores = {
+        f"{layer}.*" if layer in hold_others else layer: sum(values) / len(values)  # "enc.*" would not match enc
+        for layer, values in means.items()
+    }
+    # A pattern without a dot also matches parts of names, and the first that matches a layer has it.
+    scores = dict(sorted(scores.items(), key=lambda item: "." not in item[0]))
+    if model is None:
+        return scores
+    taken = {next((pattern for pattern in scores if matches(name, pattern)), None) for name in linear_layers(model)}
+    if not taken - {None}:
+        raise ValueError(
+            "layer_scores: model: expected one with linear layers among the layers of fisher, got a "
+            f"{type(model).__name__}, which has none in {', '.join(list(scores)[:8])}"
+        )
+    return {pattern: score for pattern, score in scores.items() if pattern in taken}
 
 
 def guided_rates(scores: Mapping[str, float], *, upper: float = 0.1, lower: float = 0.0) -> dict[str, float]:

@@ -63,9 +63,9 @@ def test_guided_rates_errors():
 
 def test_a_layers_score_is_the_mean_of_its_tensors_means():
     fisher = {"x.attention.weight": torch.full((100, 100), 1e-4), "x.attention.bias": torch.full((100,), 3e-4)}
-    assert mk.layer_scores(fisher, "attention") == {"x.attention.*": pytest.approx(2e-4)}
+    assert mk.layer_scores(fisher, "attention") == {"x.attention": pytest.approx(2e-4)}
     means = {name: tensor.mean() for name, tensor in fisher.items()}
-    assert mk.layer_scores(means, "attention") == {"x.attention.*": pytest.approx(2e-4)}
+    assert mk.layer_scores(means, "attention") == {"x.attention": pytest.approx(2e-4)}
 
 
 def test_layers_by_the_end_of_their_names():
@@ -75,11 +75,50 @@ def test_layers_by_the_end_of_their_names():
     assert list(mk.layer_scores(fisher, "layer.*")) == [f"{block}.*" for block in blocks]
     both = mk.layer_scores(fisher, "attention", "layer.*")  # the first pattern that a parameter has
     assert list(both) == [f"{b}.{part}" for b in blocks for part in ("attention.*", "*")]
-    assert len(mk.layer_scores(fisher)) == len({name.rpartition(".")[0] for name in fisher})
+    assert set(mk.layer_scores(fisher)) == {name.rpartition(".")[0] for name in fisher}
     with pytest.raises(ValueError, match=r"layer_scores: layers: expected patterns that match, got 'attn', which"):
         mk.layer_scores(fisher, "attention", "attn")
     with pytest.raises(ValueError, match=r"layer_scores: fisher: expected the Fisher information of one parameter"):
         mk.layer_scores({}, "attention")
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.norm, self.out = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        self.inner = nn.ModuleDict({"out": nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize(("make", "layers"), [(Small, ()), (Small, ("enc", "out")), (bert, ()), (bert, ("query",))])
+def test_mixout_takes_the_rates_of_linear_layers(make, layers):
+    model = make()
+    scores = mk.layer_scores(counted(model), *layers, model=model)
+    rates = mk.guided_rates(scores, upper=0.9, lower=0.5)
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (not layers or name.rpartition(".")[2] in layers)
+    }
+    assert set(scores) == linear
+    report = mk.apply_mixout(model, p=rates, exclude=())
+    assert report.rates == rates  # also where the name of one layer, "out", is a part of another's
+
+
+def test_layers_that_hold_linear_layers():
+    model = bert()
+    scores = mk.layer_scores(counted(model), "attention.self", "intermediate", "LayerNorm", model=model)
+    blocks = [f"bert.encoder.layer.{i}" for i in range(2)]
+    assert list(scores) == [f"{block}.{part}.*" for block in blocks for part in ("attention.self", "intermediate")]
+    assert len(mk.apply_mixout(model, p=mk.guided_rates(scores)).mixed) == 8
+
+
+def test_layer_scores_of_a_model_without_such_layers():
+    with pytest.raises(
+        ValueError, match=r"layer_scores: model: expected one with linear layers among .* in inner.out, enc, norm"
+    ):
+        mk.layer_scores(counted(Small()), model=nn.LayerNorm(4))
+    with pytest.raises(TypeError, match=r"layer_scores: model: expected an nn.Module or None, got str"):
+        mk.layer_scores(counted(Small()), model="enc")
 
 
 def counted(model):
