@@ -9,6 +9,7 @@ passes differ by their dropout.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -240,6 +241,8 @@ class R3F:
         a, b = logits.chunk(2)
         labels, items = batch.labels.to(a.device), batch.items
         self._recognise(loss, a.detach(), labels, items)
+        if self._shifted is None:  # a batch whose loss is of no row, or no number
+            return loss.new_zeros(())
         ignore = (_next(labels) if self._shifted else labels) == _IGNORED
         term = symmetric_kl(a, b, ignore=ignore)
         return term * (~ignore).sum() / items if items is not None and self._divides_by_items else term
@@ -247,9 +250,12 @@ class R3F:
     def _recognise(self, loss: Tensor, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> None:
         """Which rows the model's loss is of, and what it divides by: whatever gives the value that it returned.
 
-        Nothing that a model declares says so reliably: BERT accepts num_items_in_batch and ignores it.
+        Nothing that a model declares says so reliably: BERT accepts num_items_in_batch and ignores it. Of a batch
+        without labels every form gives the same, and of a loss that is no number none does: the next batch will tell.
         """
         if self._shifted is not None and (items is None or self._divides_by_items is not None):
+            return
+        if not (labels != _IGNORED).any():
             return
         errors: dict[tuple[bool, bool | None], float] = {}
         for shifted in (False, True) if labels.dim() > 1 else (False,):
@@ -258,12 +264,13 @@ class R3F:
                 logits.flatten(0, -2).float(), targets.flatten(), ignore_index=_IGNORED, reduction="sum"
             )
             rows = (targets != _IGNORED).sum()
-            if items is None or items == rows:  # the two divisors are one here, and the question stays open
-                errors[shifted, None] = (total / rows - loss).abs().item()
+            if items is None or rows == 0 or items == rows:  # the divisors give the same, and the question stays open
+                errors[shifted, None] = (total / rows.clamp(min=1) - loss).abs().item()
             else:
                 errors[shifted, False] = (total / rows - loss).abs().item()
                 errors[shifted, True] = (total / items - loss).abs().item()
-        self._shifted, self._divides_by_items = min(errors, key=lambda form: errors[form])
+        if finite := [form for form, error in errors.items() if math.isfinite(error)]:
+            self._shifted, self._divides_by_items = min(finite, key=lambda form: errors[form])
 
 
 class _Batch:

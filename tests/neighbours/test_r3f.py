@@ -109,6 +109,38 @@ def test_a_causal_model_whose_row_predicts_the_next_token(items):
     assert_is_two_forwards(model, model.get_input_embeddings(), batch, rows, divisor=items)
 
 
+@pytest.mark.parametrize("labelled", [None, 0], ids=["no label", "a label that no row predicts"])
+@pytest.mark.parametrize("items", [None, 100])
+def test_a_first_batch_without_a_row_decides_nothing(items, labelled):
+    """What the model divides by, and which rows its loss is of, is learnt of the next batch."""
+    model, batch = spread(gpt2_language_model(**GPT2_OFF)).train(), padded_batch()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    if items is not None:
+        batch["num_items_in_batch"] = torch.tensor(items)
+    unlabelled = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    if labelled is not None:
+        unlabelled["labels"][:, labelled] = 7
+    own = model(**unlabelled).loss
+    losses = []
+    for first in ([unlabelled], []):
+        with mk.apply_r3f(model, eps=EPS):
+            for plain in first:
+                torch.testing.assert_close(
+                    model(**plain).loss, own, equal_nan=True, check_dtype=False
+                )  # 0 / 100, or 0 / 0
+            torch.manual_seed(7)
+            losses.append(model(**batch).loss)
+    assert torch.equal(*losses)
+
+
+def test_a_loss_of_labels_at_the_first_position_alone_is_recognised():
+    """As a causal model's it would be of no row."""
+    model, batch = spread(bert_masked_language_model(**BERT_OFF)), padded_batch()
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][:, 0] = 7
+    assert_is_two_forwards(model, model.get_input_embeddings(), batch, lambda logits: logits[:, 0])
+
+
 def test_bert_ignores_the_number_of_items_and_so_does_the_term():
     model, batch = spread(bert_masked_language_model(**BERT_OFF)), padded_batch()
     batch["labels"] = batch["input_ids"].clone()
