@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from .modules import MixedLayer
+from .names import unwrapped
 
 
 class Row(NamedTuple):
@@ -62,10 +63,11 @@ class Report:
         """Raises a ValueError that names the layers which were mixed once and are no longer.
 
         What replaces modules after ``apply_mixout`` takes mixout out again without a word:
-        ``resize_token_embeddings`` does so with an output layer.
+        ``resize_token_embeddings`` does so with an output layer. The model may be wrapped by now (torch.compile, DDP).
         """
-        modules = dict(model.named_modules(remove_duplicate=False))
-        lost = [name for name in self.mixed if not isinstance(modules.get(name), MixedLayer)]
+        named = model.named_modules(remove_duplicate=False)
+        mixed = {unwrapped(name) for name, module in named if isinstance(module, MixedLayer)}
+        lost = [name for name in self.mixed if unwrapped(name) not in mixed]
         if lost:
             raise ValueError(
                 f"Report.check: model: expected its {len(self.mixed)} mixed layers, got {len(lost)} that are mixed no "

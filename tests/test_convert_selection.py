@@ -405,6 +405,18 @@ def test_check_names_the_layers_that_were_replaced():
         report.check(model)
 
 
+@pytest.mark.parametrize("part", [None, "body"], ids=["whole", "part"])
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_check_looks_through_wrappers(wrap, part):
+    model = net()
+    report = mk.apply_mixout(model, p=0.5)
+    wrapped = wrap(model) if part is None else nn.ModuleDict({"body": wrap(model["body"])})
+    report.check(wrapped)
+    model["body"][1].query = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"got 1 that are mixed no longer: body\.1\.query; call"):
+        report.check(wrapped)
+
+
 def test_an_attention_of_ones_own_calls_its_output_projection():
     class MultiheadAttention(nn.Module):
         def __init__(self):
