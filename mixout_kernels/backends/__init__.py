@@ -1,7 +1,7 @@
 """The kernels, one module per backend, imported on first use. They never import one another.
 
 contract.py      what a backend is, and the records that it is called with
-choose.py        which one a call uses
+choice.py        which one a call uses
 gpu_linear.py    the linear layer put together from the primitives of a GPU backend, once for both
 cpu.py, cuda/, triton/
 """
