@@ -34,13 +34,18 @@ def probability(name: str, argument: str, value: object) -> None:
 
 
 def kind(name: str, mask: object) -> None:
-    if mask not in KINDS:
+    if not isinstance(mask, str) or mask not in KINDS:
         raise ValueError(f"{name}: mask: expected one of {', '.join(map(repr, KINDS))}, got {mask!r}")
 
 
 def flag(name: str, argument: str, value: object) -> None:
     if value is not True and value is not False:
         raise TypeError(f"{name}: {argument}: expected True or False, got {value!r}")
+
+
+def string(name: str, argument: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: {argument}: expected a string, got {value!r}")
 
 
 def choice(name: str, argument: str, value: object, choices: Sequence[object]) -> None:

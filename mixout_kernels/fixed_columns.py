@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import compute_dtype
+from . import checks
+from .functional import autocast_enabled, compute_dtype
 
 
 def fixed_columns_linear(input: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> Tensor:
@@ -27,7 +28,11 @@ def fixed_columns_linear(input: Tensor, weight: Tensor, bias: Tensor | None, col
         input: ``[..., in]``; under autocast it is cast, and dw comes back in the weight's dtype.
         weight: ``[out, in]``. bias: ``[out]`` or None.
         columns: int64 ``[n]``, ascending, on the weight's device.
+
+    Raises:
+        ValueError, TypeError: for tensors that do not fit, as :func:`mixout_kernels.mix_linear`.
     """
+    checks.linear("fixed_columns_linear", input, weight, bias, autocast_enabled)
     dtype = compute_dtype(input)
     return _FixedColumns.apply(input.to(dtype), weight, None if bias is None else bias.to(dtype), columns)
 

@@ -76,6 +76,7 @@ BOTH = [
     ({"p": None}, TypeError, "p: expected a number in [0, 1], got NoneType"),
     ({"mask": "row"}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got 'row'"),
     ({"mask": None}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got None"),
+    ({"mask": ["row"]}, ValueError, "mask: expected one of 'neuron', 'weight', 'output', 'layer', got ['row']"),
     (
         {"backend": "gpu"},
         ValueError,

@@ -108,6 +108,7 @@ class MixSampler:
     ) -> None:
         _check_arguments(model, every, premix, host_targets, seed)
         checks.flag("MixSampler", "kept_all_gather", kept_all_gather)
+        checks.string("MixSampler", "prefix", prefix)
         layers = full_names(model, prefix)
         if any(layer.slot is not None for layer in layers.values()):
             raise ValueError("MixSampler: model: expected one without a sampler; call remove() on the one it has")

@@ -88,6 +88,19 @@ def test_autocast_gives_a_float32_gradient() -> None:
         torch.testing.assert_close(found[name].float(), value.float(), rtol=2**-6, atol=2**-6, msg=name)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_input_that_does_not_fit_is_said(autocast: bool) -> None:
+    _, model = _models()
+    mk.apply_graddrop(model, keep={"0.weight": KEEP})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        message = r"input: expected \[..., 6\] for a weight \[4, 6\], got \[5, 7\]"
+        with pytest.raises(ValueError, match=message):
+            model(torch.randn(5, 7))
+        for dtype in () if autocast else (torch.float16, torch.float64):
+            with pytest.raises(TypeError, match=f"input: expected the weight's dtype torch.float32, got {dtype}"):
+                model(torch.randn(5, 6, dtype=dtype))
+
+
 @pytest.mark.parametrize("first", ["mixout", "graddrop"])
 def test_mixout_of_the_same_layer_is_masked_further(first: str) -> None:
     torch.manual_seed(0)

@@ -192,6 +192,12 @@ def test_options_must_be_switches(options):
         mk.MixSampler(models.with_mixout(models.mlp()), **options)
 
 
+@pytest.mark.parametrize("prefix", [None, 1])
+def test_a_prefix_must_be_a_string(prefix):
+    with pytest.raises(TypeError, match=f"^MixSampler: prefix: expected a string, got {prefix}$"):
+        mk.MixSampler(models.with_mixout(models.mlp()), prefix=prefix)
+
+
 @pytest.mark.parametrize("share_masks", ["query", ["query", "key"]])
 def test_share_masks_must_be_groups(share_masks):
     with pytest.raises(TypeError, match="MixSampler: share_masks: expected groups of names, got the string"):
