@@ -39,8 +39,9 @@ class MixSampler:
       paper, where a dropped neuron loses all its outgoing weights; x[:, kept] is then saved once for all of them.
 
     **Masks.** Those of the k-th step are a function of (seed, k) and of each layer's name in ``model``: the Philox key
-    is a hash of the three. ``state_dict`` holds the seed and the number of optimizer steps, and a resumed run continues
-    with the same masks bit for bit: give the sampler to ``accelerator.register_for_checkpointing``, or
+    is a hash of the three. Layers that share a mask have all their names in it, so that query's masks are others where
+    key is not mixed, or has another p. ``state_dict`` holds the seed and the number of optimizer steps, and a resumed
+    run continues with the same masks bit for bit: give the sampler to ``accelerator.register_for_checkpointing``, or
     :class:`mixout_kernels.MixSamplerCallback` to transformers' Trainer. All forwards between two steps have one mask:
     so have the two views of a contrastive or consistency loss (SimCSE, R-Drop) and Monte-Carlo passes. Where they are
     to differ, make no sampler, or call :meth:`advance` between them with backward before it.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mixout_kernels as mk
+from mixout_kernels.sampler.siblings import SAME_INPUT
 
 from . import models
 from .transformers_models import MODELS, SIBLINGS, inputs, make
@@ -36,6 +37,21 @@ def test_siblings_have_one_mask_and_no_others_do(name):
     for group in shared:
         masks = [models.mask_of(model.get_submodule(layer))[0] for layer in group]
         assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize(("share_masks", "same"), [(SAME_INPUT, False), ((), True)], ids=["shared", "own"])
+def test_masks_go_with_the_names_of_all_that_share_them(share_masks, same):
+    """As the docs say of a sibling that is left out."""
+    found = []
+    for exclude in (["classifier"], ["classifier", "key"]):
+        model = make("bert")
+        mk.apply_mixout(model, p=0.5, exclude=exclude)
+        mk.MixSampler(model, seed=1, share_masks=share_masks)
+        found.append(models.seeds_of(model))
+    query = next(name for name in found[1] if name.endswith("query"))
+    output = next(name for name in found[1] if name.endswith("output.dense"))
+    assert (found[0][query] == found[1][query]) is same
+    assert found[0][output] == found[1][output]
 
 
 def saved_tensors(model, x, call=None):
