@@ -103,9 +103,15 @@ class MixedLayer(nn.Module):
             self.__dict__["last_call"] = LastCall(self, input, weight, target)
         return y
 
+    @property
+    def target_fits(self) -> bool:
+        """Whether the target has the weight's shape. A weight of one dimension is FSDP1's, a piece of a flat one."""
+        return self.target is None or self.weight.dim() == 1 or self.target.shape == self.weight.shape
+
     def check_target(self) -> None:
         """Raises for a weight that was replaced by one of another shape: kernels would read past its target's end."""
-        if self.target is not None and self.target.shape != self.weight.shape:
+        if not self.target_fits:
+            assert self.target is not None
             raise ValueError(
                 f"{type(self).__name__}: target: expected the weight's shape {list(self.weight.shape)}, got "
                 f"{list(self.target.shape)}: the weight was replaced since (by resize_token_embeddings?); call "

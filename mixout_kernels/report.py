@@ -63,10 +63,11 @@ class Report:
         """Raises a ValueError that names the layers which were mixed once and are no longer.
 
         What replaces modules after ``apply_mixout`` takes mixout out again without a word:
-        ``resize_token_embeddings`` does so with an output layer. The model may be wrapped by now (torch.compile, DDP).
+        ``resize_token_embeddings`` does so with an output layer, or replaces the weight of a tied one, which its target
+        does not fit then. The model may be wrapped by now (torch.compile, DDP).
         """
         named = model.named_modules(remove_duplicate=False)
-        mixed = {unwrapped(name) for name, module in named if isinstance(module, MixedLayer)}
+        mixed = {unwrapped(name) for name, m in named if isinstance(m, MixedLayer) and m.target_fits}
         lost = [name for name in self.mixed if unwrapped(name) not in mixed]
         if lost:
             raise ValueError(

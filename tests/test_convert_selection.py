@@ -417,6 +417,15 @@ def test_check_looks_through_wrappers(wrap, part):
         report.check(wrapped)
 
 
+def test_check_names_a_layer_whose_weight_was_replaced():
+    """As resize_token_embeddings does where it is tied."""
+    model = net()
+    report = mk.apply_mixout(model, p=0.5)
+    model["body"][0].query.weight = nn.Parameter(torch.ones(9, 8))
+    with pytest.raises(ValueError, match=r"got 1 that are mixed no longer: body\.0\.query; call remove_mixout"):
+        report.check(model)
+
+
 def test_an_attention_of_ones_own_calls_its_output_projection():
     class MultiheadAttention(nn.Module):
         def __init__(self):

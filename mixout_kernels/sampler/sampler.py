@@ -305,11 +305,10 @@ def _check_arguments(model: nn.Module, every: float, premix: bool | None, host_t
 
 def _check_targets(layers: Mapping[str, MixedLayer]) -> None:
     for name, layer in layers.items():
-        if layer.weight.dim() == 2:  # FSDP1 has pieces of a flat Parameter between forwards
-            try:
-                layer.check_target()
-            except ValueError as error:
-                raise ValueError(f"MixSampler: model: {name}: {error}") from None
+        try:
+            layer.check_target()
+        except ValueError as error:
+            raise ValueError(f"MixSampler: model: {name}: {error}") from None
 
 
 def _names_of_masks(
