@@ -6,10 +6,11 @@ here: the backend says it (``backends/contract.py``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .draws import KINDS, fresh_seed
 
@@ -31,6 +32,19 @@ def probability(name: str, argument: str, value: object) -> None:
         raise TypeError(f"{name}: {argument}: expected a number in [0, 1], got {type(value).__name__}")
     if not 0 <= value <= 1:  # also NaN
         raise ValueError(f"{name}: {argument}: expected a number in [0, 1], got {value}")
+
+
+def at_least_zero(name: str, argument: str, value: object, expected: str = "a finite number >= 0") -> None:
+    """``expected``: where something else than a number would do too, what."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {argument}: expected {expected}, got {value!r}")
+    if not 0 <= value < math.inf:  # also NaN
+        raise ValueError(f"{name}: {argument}: expected {expected}, got {value}")
+
+
+def module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: model: expected an nn.Module, got {type(value).__name__}")
 
 
 def kind(name: str, mask: object) -> None:

@@ -92,7 +92,7 @@ def apply_mixout(
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
     name = "apply_mixout"
-    _check_model(name, model)
+    checks.module(name, model)
     if any(isinstance(module, MixedLayer) and module.is_mixed for module in model.modules()):
         raise ValueError(f"{name}: model: expected one without mixout; call remove_mixout(model) first")
     checks.kind(name, mask)
@@ -170,7 +170,7 @@ def remove_mixout(model: nn.Module) -> None:
     Raises:
         ValueError: if there is no mixout in the model.
     """
-    _check_model("remove_mixout", model)
+    checks.module("remove_mixout", model)
     layers = [m for m in model.modules() if isinstance(m, MixedLayer) and (m.is_mixed or not m.has_graddrop)]
     if not layers:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
@@ -190,11 +190,6 @@ def _attends_by_sdpa_on_cpu(model: nn.Module) -> bool:
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     config = getattr(model, "config", None)  # of transformers
     return on_cpu and getattr(config, "_attn_implementation", None) == "sdpa"
-
-
-def _check_model(function: str, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
 
 
 def _check_graddrop(selection: Selection, mask: Mask) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checks
 from .example_gradients import ExampleGradients
 from .patterns import matches, patterns
 
@@ -143,8 +144,7 @@ def _quantile(values: Tensor, part: float) -> float:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fisher: model: expected an nn.Module, got {type(model).__name__}")
+    checks.module("fisher", model)
     wrapped = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
     if (attribute := wrapped.get(type(model).__name__)) is not None:
         raise TypeError(

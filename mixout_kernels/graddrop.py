@@ -108,8 +108,7 @@ def apply_graddrop(
             is not that of a layer's mixout. The model is then unchanged.
         TypeError: for parameters that are sharded: ``fully_shard`` comes after.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"apply_graddrop: model: expected an nn.Module, got {type(model).__name__}")
+    checks.module("apply_graddrop", model)
     checks.kind("apply_graddrop", mask)
     checks.flag("apply_graddrop", "rescale", rescale)
     if gradient_masks_of(model) is not None:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from . import checks
 from .dropout_rates import change, has_changes, rates_of, undo
 from .evidence import DEFAULT_HEADS, own_patterns
 from .patterns import each_must_match, matches, patterns
@@ -161,8 +162,7 @@ def apply_guided_dropout(
     Raises:
         ValueError: if no dropout matches, or the model has guided dropout already. The model is then unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"apply_guided_dropout: model: expected an nn.Module, got {type(model).__name__}")
+    checks.module("apply_guided_dropout", model)
     excluded = patterns("apply_guided_dropout", "exclude", exclude)
     if has_changes(model, "guided dropout"):
         raise ValueError(

@@ -1,10 +1,27 @@
-"""What a step of a ``torch.optim`` optimizer was: training, or not."""
+"""The ``torch.optim`` optimizer that takes the steps, and what a step of it was: training, or not."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+def unwrapped(function: str, optimizer: Any) -> Optimizer:
+    """The optimizer whose step calls hooks, from within wrappers such as accelerate's.
+
+    accelerate's is a subclass of Optimizer that never ran its ``__init__``, so that it has no hooks of its own. It is
+    the inner one, too, to which GradScaler says that it skips a step. An optimizer around another (Lookahead, SAM) that
+    does have hooks takes steps of its own, and is itself.
+    """
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"{function}: optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return inner
 
 
 def step_taken(optimizer: Optimizer) -> int | Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import checks
 from .divergence import symmetric_kl
 
 Noise = Literal["uniform", "normal"]
@@ -117,8 +118,7 @@ class R3F:
         *,
         training_only: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{function}: model: expected an nn.Module, got {type(model).__name__}")
+        checks.module(function, model)
         for argument, value in (("eps", eps), ("weight", weight)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"{function}: {argument}: expected a number >= 0, got {value!r}")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from . import checks
 from .checkpoints import Pretrained, Source
 from .evidence import Evidence, own_patterns
 from .modules import MixedLayer, frozen_copy
-from .optimizers import step_taken
+from .optimizers import step_taken, unwrapped
 from .patterns import each_must_match, matches, patterns
 from .pieces import is_distributed, local, own_piece
 
@@ -36,7 +37,7 @@ def decay_to_target(
     set the optimizer's own ``weight_decay`` to 0. It needs no mixout in the model, and goes with it.
 
     Args:
-        optimizer: holds the parameters; lr is that of their group at each step.
+        optimizer: holds the parameters; lr is that of their group at each step. Wrapped by accelerate or not.
         model: with its pretrained weights. u is the target of a mixout layer where there is one, and a frozen copy of
             the parameter as it is now everywhere else (this costs the bytes of those parameters).
         decay: lambda >= 0, or a function that gives it for the number of steps taken before, from 0 on.
@@ -51,12 +52,14 @@ def decay_to_target(
         A handle; ``handle.remove()`` ends it.
 
     Raises:
-        ValueError: for a negative decay, a pattern that matches nothing, or if the optimizer holds no parameter of the
-            model that is not excluded.
-        TypeError: for a model with mixout under FSDP1, whose pieces of weights belong to no rows of a target, or for
-            ``targets`` of another kind.
+        ValueError: for a decay that is negative or not finite, a pattern that matches nothing, or if the optimizer
+            holds no parameter of the model that is not excluded.
+        TypeError: for a model with mixout under FSDP1, whose pieces of weights belong to no rows of a target, or for an
+            optimizer, a model, a decay or ``targets`` of another kind.
         FileNotFoundError: if ``targets`` is a path where there is no checkpoint.
     """
+    optimizer = unwrapped("decay_to_target", optimizer)
+    checks.module("decay_to_target", model)
     if not callable(decay):
         _check_decay(decay)
     excluded = () if exclude is None else patterns("decay_to_target", "exclude", exclude)
@@ -109,8 +112,8 @@ def decay_to_target(
 
 
 def _check_decay(decay: Any) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not decay >= 0:
-        raise ValueError(f"decay_to_target: decay: expected a number >= 0, or a function that gives one, got {decay!r}")
+    expected = "a finite number >= 0, or a function that gives one"
+    checks.at_least_zero("decay_to_target", "decay", decay, expected)
     return decay
 
 
@@ -124,7 +127,7 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
     and give that to ``apply_mixout(targets=...)`` in the resumed run.
 
     Args:
-        optimizer: whose steps are counted.
+        optimizer: whose steps are counted. Wrapped by accelerate or not.
         model: with mixout layers that have a target.
         decay: in [0, 1]; 1 leaves the targets alone.
 
@@ -134,10 +137,11 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
     Raises:
         ValueError: for a decay outside [0, 1], or a model without targets.
         TypeError: for targets that are whole while their weights are sharded: make the MixSampler, or call
-            :func:`mixout_kernels.shard_targets`, before.
+            :func:`mixout_kernels.shard_targets`, before. For an optimizer, a model or a decay of another kind.
     """
-    if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-        raise ValueError(f"track_targets: decay: expected a number in [0, 1], got {decay!r}")
+    optimizer = unwrapped("track_targets", optimizer)
+    checks.module("track_targets", model)
+    checks.probability("track_targets", "decay", decay)
     layers = [m for m in model.modules() if isinstance(m, MixedLayer) and m.target is not None]
     if not layers:
         raise ValueError("track_targets: model: expected one with mixout layers that have a target, got none")

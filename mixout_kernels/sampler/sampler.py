@@ -291,8 +291,7 @@ class MixSampler:
 def _check_arguments(model: nn.Module, every: float, premix: bool | None, host_targets: bool, seed: int | None) -> None:
     if every != math.inf and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"MixSampler: every: expected an int >= 1 or math.inf, got {every!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"MixSampler: model: expected an nn.Module, got {type(model).__name__}")
+    checks.module("MixSampler", model)
     if premix not in (None, True, False):
         raise ValueError(f"MixSampler: premix: expected True, False or None, got {premix!r}")
     if not isinstance(host_targets, bool):

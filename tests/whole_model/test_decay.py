@@ -295,22 +295,84 @@ def test_a_step_that_gradscaler_skips_moves_nothing(name, device):
         assert not any(same) if moves else all(same)
 
 
-@pytest.mark.parametrize("decay", [-0.1, float("nan"), "x"])
-def test_a_negative_decay(decay):
+@pytest.mark.parametrize(
+    ("decay", "error"),
+    [(-0.1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("x", TypeError), (True, TypeError)],
+)
+def test_a_decay_that_is_no_number_from_0_on(decay, error):
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(
-        ValueError, match="decay_to_target: decay: expected a number >= 0, or a function that gives one"
-    ):
+    expected = "decay_to_target: decay: expected a finite number >= 0, or a function that gives one, got"
+    with pytest.raises(error, match=expected):
         mk.decay_to_target(optimizer, model, decay)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan"), "x"])
-def test_a_tracking_decay_outside_0_and_1(decay):
+@pytest.mark.parametrize(
+    ("decay", "error"),
+    [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), ("x", TypeError), (True, TypeError)],
+)
+def test_a_tracking_decay_outside_0_and_1(decay, error):
     model = models.with_mixout(models.mlp())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"track_targets: decay: expected a number in \[0, 1\], got"):
+    with pytest.raises(error, match=r"track_targets: decay: expected a number in \[0, 1\], got"):
         mk.track_targets(optimizer, model, decay)
+
+
+class Wrapper:
+    """What no torch.optim.Optimizer is, around one that is."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "other", "twice"])
+def test_an_optimizer_in_a_wrapper(kind):
+    model = Net()
+    mk.apply_mixout(model, p=0.5)
+    optimizer = inner = torch.optim.SGD(model.parameters(), lr=0.5)
+    if kind == "accelerate":
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.Accelerator(cpu=True)
+        optimizer = accelerate.optimizer.AcceleratedOptimizer(optimizer)
+    else:
+        optimizer = Wrapper(optimizer) if kind == "other" else Wrapper(Wrapper(optimizer))
+    before = model.body.target.clone()
+    mk.track_targets(optimizer, model, 0.5)
+    handle = mk.decay_to_target(optimizer, model, DECAY)
+    stepped = optimizer if kind == "accelerate" else inner
+    moved = pulled(model, stepped, handle)
+    assert moved == {"body.weight", "body.bias", "norm.weight", "norm.bias"}
+    assert not torch.equal(model.body.target, before)
+
+
+def test_an_optimizer_around_another_is_itself():
+    class Around(torch.optim.Optimizer):
+        """As Lookahead: its step is more than that of the other."""
+
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups[0]["params"], {"lr": 0.5})
+            self.optimizer = optimizer
+
+        def step(self, closure=None):
+            self.optimizer.step()
+
+    model = Net()
+    optimizer = Around(torch.optim.SGD(model.parameters(), lr=0.5))
+    steps = []
+    mk.decay_to_target(optimizer, model, lambda step: steps.append(step) or 0.0)
+    optimizer.step()
+    assert steps == [0]
+    assert not optimizer.optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("function", [mk.decay_to_target, mk.track_targets])
+def test_arguments_in_the_wrong_place(function):
+    model = models.with_mixout(models.mlp())
+    optimizer, name = torch.optim.SGD(model.parameters(), lr=0.5), function.__name__
+    with pytest.raises(TypeError, match=f"^{name}: optimizer: expected a torch.optim.Optimizer, got Sequential$"):
+        function(model, optimizer, 0.5)
+    with pytest.raises(TypeError, match=f"^{name}: model: expected an nn.Module, got list$"):
+        function(optimizer, list(model.parameters()), 0.5)
 
 
 def test_nothing_to_pull():
@@ -355,7 +417,7 @@ def test_a_schedule_that_gives_no_decay():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     mk.decay_to_target(optimizer, model, lambda step: -1.0)
-    with pytest.raises(ValueError, match=r"decay_to_target: decay: expected a number >= 0, .*got -1\.0"):
+    with pytest.raises(ValueError, match=r"decay_to_target: decay: expected a finite number >= 0, .*got -1\.0"):
         optimizer.step()
 
 
