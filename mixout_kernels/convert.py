@@ -12,7 +12,7 @@ from . import checks, dropout_rates
 from .checkpoints import Pretrained, Source
 from .draws import Mask
 from .evidence import Evidence
-from .modules import MixedLayer, frozen_copy, to_mixed, to_plain
+from .modules import MixedLayer, frozen_copy, target_keepers, to_mixed, to_plain
 from .patterns import Rates
 from .report import Report
 from .selection import Policy, Selection, is_linear, linear_layers, select
@@ -165,7 +165,7 @@ def remove_mixout(model: nn.Module) -> None:
     """Makes every mixed layer a plain one again, in place, and restores the dropout rates; trained weights stay.
 
     A :class:`mixout_kernels.MixSampler` of the model is removed too. A rate that was set since is left as it is. Layers
-    with :func:`mixout_kernels.apply_graddrop` keep it, and only that.
+    with :func:`mixout_kernels.apply_graddrop` keep it, and only that. :func:`mixout_kernels.decay_to_target` goes on.
 
     Raises:
         ValueError: if there is no mixout in the model.
@@ -174,6 +174,8 @@ def remove_mixout(model: nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, MixedLayer) and (m.is_mixed or not m.has_graddrop)]
     if not layers:
         raise ValueError("remove_mixout: model: expected one with MixLinear or MixConv1D modules, got none")
+    for keeper in list(target_keepers):
+        keeper.keep_targets(layers)
     for layer in layers:
         layer.__dict__["target"] = None  # no longer needed: a sampler must not bring it back from host memory
     for sampler in {layer.slot.sampler for layer in layers if layer.slot is not None}:

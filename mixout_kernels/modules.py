@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from typing import Any, ClassVar
+import weakref
+from collections.abc import Callable, Container
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -343,6 +344,14 @@ def is_conv1d(module: nn.Module) -> bool:
     cls = type(module)
     return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
 
+
+class TargetKeeper(Protocol):
+    def keep_targets(self, layers: Container[nn.Module]) -> None: ...
+
+
+# Who goes on with the targets of layers that stop being mixed. A reference to a target that is taken earlier would keep
+# it in memory when a sampler shards it, or moves it to the host.
+target_keepers: weakref.WeakSet[TargetKeeper] = weakref.WeakSet()
 
 _mixed_classes: dict[type, type[MixedLayer]] = {nn.Linear: MixLinear}
 

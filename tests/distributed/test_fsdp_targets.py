@@ -1,7 +1,9 @@
 """Targets under FSDP2: where they come from, how they move and are saved, and the bytes that travel."""
 
+import copy
 import functools
 import io
+import warnings
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import mixout_kernels as mk
 from mixout_kernels import backends, checkpoints
@@ -49,6 +51,66 @@ def pulled_to_whole_targets(rank, folder):
     for model, optimizer in zip(twins.pair, twins.optimizers, strict=True):
         mk.decay_to_target(optimizer, model, 0.25 * (twins.ratio if model is twins.sharded else 1))
     return twins.train(), error_of(lambda: mk.track_targets(twins.optimizers[1], twins.sharded, 0.5))
+
+
+def switched_to_shards(model, optimizer):
+    """What accelerate does when it prepares both."""
+    for unit in (*(m for m in model if isinstance(m, nn.Linear)), model):
+        fully_shard(unit)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def pulled_as_before(wrap, rank, mixout=False, shard_targets=False):
+    """Whether a model that was wrapped after the hook was made is pulled as one that is whole."""
+    alone = UNEVEN()
+    if mixout:
+        mk.apply_mixout(alone, p=0.5, target_dtype=torch.bfloat16)
+    pair = alone, copy.deepcopy(alone)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in pair]
+    for model, optimizer in zip(pair, optimizers, strict=True):
+        mk.decay_to_target(optimizer, model, 0.3)
+    wrap(pair[1], optimizers[1])
+    if shard_targets:
+        mk.shard_targets(pair[1])
+    for _ in range(2):
+        for model, optimizer in zip(pair, optimizers, strict=True):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    local(parameter).add_(1)
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+    moved = all_of(
+        not torch.equal(p, 2 + old) for p, old in zip(alone.parameters(), UNEVEN().parameters(), strict=True)
+    )
+    return moved, all_of(torch.equal(a, full(b)) for a, b in zip(*(m.parameters() for m in pair), strict=True))
+
+
+def sharded_after_the_hook(rank, folder):
+    found = {
+        "plain": pulled_as_before(switched_to_shards, rank),
+        "mixout": pulled_as_before(switched_to_shards, rank, mixout=True),
+        "sharded targets": pulled_as_before(switched_to_shards, rank, mixout=True, shard_targets=True),
+    }
+
+    def in_the_model_alone(model, optimizer):
+        fully_shard(model)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pulled_as_before(in_the_model_alone, rank)
+    found["said"] = [str(warning.message) for warning in said if "decay_to_target" in str(warning.message)]
+
+    def by_fsdp1(model, optimizer):
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    found["FSDP1"] = error_of(lambda: pulled_as_before(by_fsdp1, rank))
+    twins = Twins(UNEVEN, sampler_first=True)
+    whole = copy.deepcopy(twins.alone)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.5)
+    mk.track_targets(optimizer, whole, 0.5)
+    fully_shard(whole)
+    found["track"] = error_of(optimizer.step)
+    return found
 
 
 def sharded_later(rank, folder):
@@ -259,6 +321,7 @@ CASES = {
     "fixed number": of_a_fixed_number,
     "followed": followed,
     "pulled": pulled_to_whole_targets,
+    "sharded after": sharded_after_the_hook,
     "sharded later": sharded_later,
     "from weights": from_weights,
     "from meta": from_meta,
@@ -293,6 +356,21 @@ def test_weights_are_pulled_to_whole_targets_too(found):
         assert message.startswith(
             "TypeError: track_targets: model: expected a weight and a target that are both whole,"
         )
+
+
+def test_a_model_that_is_sharded_after_the_hook_was_made(found):
+    for of_rank in found("sharded after"):
+        for name in ("plain", "mixout", "sharded targets"):
+            assert of_rank[name] == (True, True), name
+        assert len(of_rank["said"]) == 1
+        assert of_rank["said"][0].startswith("decay_to_target: the optimizer holds none of the parameters of the model")
+        assert of_rank["track"].startswith(
+            "TypeError: track_targets: model: expected a weight and a target that are both"
+        )
+    messages = [of_rank["FSDP1"] for of_rank in found("sharded after")]
+    assert any(
+        message.startswith("TypeError: decay_to_target: model: expected '0.weight' as") for message in messages
+    ), messages
 
 
 def test_a_sampler_made_before_the_model_was_sharded(found):

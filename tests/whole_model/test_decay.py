@@ -1,12 +1,15 @@
 """decay_to_target and track_targets: after every optimizer step, by the formula, and before the sampler mixes."""
 
 import copy
+import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import mixout_kernels as mk
+from mixout_kernels import targets
 
 from .. import budget
 from . import models
@@ -457,6 +460,187 @@ def test_a_typo_in_exclude():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"decay_to_target: exclude: expected patterns that match a para.*'nrom'"):
         mk.decay_to_target(optimizer, model, DECAY, exclude=["nrom"])
+
+
+def step_from_1_away(model, optimizer):
+    """One step with zeros for gradients, of weights that were moved by 1 before; each as it was, and as it is then."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+            parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    return {name: (parameter.detach(), before[name]) for name, parameter in model.named_parameters()}
+
+
+def values_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def zero_gradients(model):
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+
+@pytest.mark.parametrize("from_elsewhere", [False, True], ids=["", "targets"])
+@pytest.mark.parametrize("how", ["added", "thawed"])
+def test_gradual_unfreezing(how, from_elsewhere, monkeypatch):
+    """What trains later is pulled to its pretrained value too, of which no copy is kept until then."""
+    model = Net()
+    pretrained = values_of(model)
+    if from_elsewhere:
+        with torch.no_grad():
+            model.body.weight.add_(3)
+    copied = []
+    copy_of = targets.frozen_copy
+    monkeypatch.setattr(targets, "frozen_copy", lambda weight: copied.append(weight.shape) or copy_of(weight))
+    model.body.requires_grad_(how == "added")
+    optimizer = torch.optim.SGD(model.norm.parameters() if how == "added" else model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY, targets=pretrained if from_elsewhere else None)
+    assert len(copied) == 2 + (how == "thawed" and from_elsewhere) * 2  # of a head too, which targets= has an entry for
+    zero_gradients(model)
+    optimizer.step()
+    if how == "added":
+        optimizer.add_param_group({"params": list(model.body.parameters()), "lr": 0.25})
+    model.body.requires_grad_()
+    zero_gradients(model)
+    optimizer.step()  # from its pretrained value
+    for name, (weight, before) in step_from_1_away(model, optimizer).items():
+        if name.startswith("body"):
+            assert_lerp(weight, before, pretrained[name], (0.25 if how == "added" else 0.5) * DECAY)
+            assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("how", ["changed", "replaced"])
+def test_what_joins_too_late_is_named(how):
+    """Its pretrained value is no more: that of its first step would be another one."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.norm.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    if how == "changed":
+        with torch.no_grad():
+            model.body.weight.mul_(2)
+    else:
+        model.body.weight = nn.Parameter(model.body.weight.detach().clone())
+    optimizer.add_param_group({"params": list(model.body.parameters())})
+    zero_gradients(model)
+    with pytest.warns(
+        UserWarning, match=r"^decay_to_target: not pulled: 'body.weight', 1 in all, which train from this"
+    ):
+        optimizer.step()
+    moved = step_from_1_away(model, optimizer)
+    assert {name for name, (weight, before) in moved.items() if not torch.equal(weight, before)} == {
+        "norm.weight", "norm.bias", "body.bias"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mixout", [True, False], ids=["mixout", "plain"])
+def test_parameters_that_were_replaced(mixout):
+    """In the model and in the optimizer, as accelerate does it for FSDP2."""
+    model = Net()
+    pretrained = values_of(model)
+    if mixout:
+        mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    for layer in (model.body, model.norm):
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(parameter.detach().clone()))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    for name, (weight, before) in step_from_1_away(model, optimizer).items():
+        if name.startswith("classifier"):
+            assert torch.equal(weight, before)
+        else:
+            assert_lerp(weight, before, pretrained[name], 0.5 * DECAY)
+
+
+def test_parameters_that_were_replaced_in_the_model_alone():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    optimizer.param_groups[0]["params"] = list(Net().parameters())
+    with pytest.warns(UserWarning, match="^decay_to_target: the optimizer holds none of the parameters of the model"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_model_that_was_resized():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    model.body.weight = nn.Parameter(torch.zeros(3, models.IN))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.raises(
+        TypeError, match=r"^decay_to_target: model: expected 'body.weight' .* \[48, 48\], got a Param.* \[3"
+    ):
+        optimizer.step()
+
+
+def test_weights_on_the_meta_device():
+    with torch.device("meta"):
+        model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with pytest.raises(
+        ValueError, match=r"^decay_to_target: model: expected pretrained weights, got 'body.weight' on the"
+    ):
+        mk.decay_to_target(optimizer, model, DECAY)
+
+
+@pytest.mark.parametrize("stepped", [True, False], ids=["stepped", "at-once"])
+@pytest.mark.parametrize("host", [True, False], ids=["host-targets", ""])
+def test_after_remove_mixout(stepped, host):
+    """The pull goes on, to the last targets; those that followed are no more."""
+    model = Net()
+    pretrained = values_of(model)
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    mk.track_targets(optimizer, model, 0.5)
+    if host:
+        mk.MixSampler(model, host_targets=True)
+    if stepped:
+        step_from_1_away(model, optimizer)
+    pretrained["body.weight"] = model.body.target.clone()
+    mk.remove_mixout(model)
+    for name, (weight, before) in step_from_1_away(model, optimizer).items():
+        if not name.startswith("classifier"):
+            assert_lerp(weight, before, pretrained[name], 0.5 * DECAY)
+
+
+def test_a_target_is_not_held_while_its_layer_is_mixed():
+    """A sampler that shards targets, or moves them to the host, lets them go."""
+    model = Net()
+    mk.apply_mixout(model, p=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    mk.track_targets(optimizer, model, 0.5)
+    step_from_1_away(model, optimizer)
+    target = weakref.ref(model.body.target)
+    model.body.target = model.body.target.clone()
+    assert target() is None
+
+
+def test_a_target_of_tied_weights_is_found_wherever_it_is():
+    """The embedding comes first, and has none."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(8, 8), "decoder": nn.Linear(8, 8, bias=False)})
+    model["decoder"].weight = model["embedding"].weight
+    mk.apply_mixout(model, p=0.5, targets={"decoder.weight": torch.zeros(8, 8)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    ((weight, before),) = step_from_1_away(model, optimizer).values()
+    assert_lerp(weight, before, torch.zeros(8, 8), 0.5 * DECAY)
+
+
+def test_the_handle_removes_all_hooks():
+    model = Net()
+    optimizer = torch.optim.SGD(model.norm.parameters(), lr=0.5)
+    with mk.decay_to_target(optimizer, model, DECAY):
+        assert optimizer._optimizer_step_pre_hooks
+        assert optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_moved_targets_are_saved_and_given_back():
