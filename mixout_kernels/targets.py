@@ -37,7 +37,9 @@ def decay_to_target(
     """Weight decay towards the pretrained weights after every optimizer step: ``w -= lr * decay * (w - u)``.
 
     This is wdecay(w_pre, lambda) of the Mixout paper (section 5; L2-SP of Li et al., ICML 2018), decoupled as in AdamW;
-    set the optimizer's own ``weight_decay`` to 0. It needs no mixout in the model, and goes with it.
+    set the optimizer's own ``weight_decay`` to 0. It needs no mixout in the model, and goes with it. Weights in
+    bfloat16 or float16 round the pull away where lr * decay * (w - u) is less than half a unit in the last place of w,
+    as it is at usual rates: train in float32, under autocast.
 
     Args:
         optimizer: holds the parameters; lr is that of their group at each step. Wrapped by accelerate or not.
@@ -270,9 +272,9 @@ def _parameters_by_id(optimizer: Optimizer) -> dict[int, Tensor]:
     return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _version(parameter: Tensor) -> int:
+def _version(tensor: Tensor) -> int:
     """Counts the changes in place; those through ``.data`` excepted."""
-    piece = local(parameter)
+    piece = local(tensor)
     return 0 if piece.is_inference() else piece._version
 
 
@@ -285,11 +287,16 @@ def _check_decay(decay: Any) -> float:
 def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> RemovableHandle:
     """Targets that follow their weights after every optimizer step: ``u = decay * u + (1 - decay) * w``.
 
-    The anchor of GMixout (arXiv 2510.06982), an exponential moving average. Create it before a ``MixSampler``'s first
-    forward or after, in any order: the sampler mixes after the optimizer's own hooks.
+    The anchor of GMixout (arXiv 2510.06982), an exponential moving average. Of targets narrower than float32 it is kept
+    in float32, four bytes an element from the first step on, and rounded into the target after each step: in bfloat16
+    itself, at a usual decay, a step is less than half a unit in the last place and moves nothing.
+
+    Create it before a ``MixSampler``'s first forward or after, in any order: the sampler mixes after the optimizer's
+    own hooks.
 
     A checkpoint of the model does not hold the moved targets: save :func:`mixout_kernels.targets_state_dict` with it,
-    and give that to ``apply_mixout(targets=...)`` in the resumed run.
+    and give that to ``apply_mixout(targets=...)`` in the resumed run, whose averages begin with those, rounded as they
+    are.
 
     Args:
         optimizer: whose steps are counted. Wrapped by accelerate or not.
@@ -313,6 +320,8 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
         raise ValueError("track_targets: model: expected one with mixout layers that have a target, got none")
     _check_pieces("track_targets", layers, whole=False)
 
+    averages = _Averages()
+
     @torch.no_grad()
     def follow(optimizer: Optimizer, *_: Any) -> None:
         # Looked up at every step, since a model may move; by target, since tied weights share one, which moves once.
@@ -321,9 +330,45 @@ def track_targets(optimizer: Optimizer, model: nn.Module, decay: float) -> Remov
         weights = {layer.target: layer for layer in mixed if layer.target is not None}
         _check_pieces("track_targets", weights.values(), whole=False)
         ends = [local(_stepped(layer)) for layer in weights.values()]
-        _lerp([local(target) for target in weights], ends, (1 - decay) * step_taken(optimizer))
+        averages.let_go_of_others(weights.values())
+        rounds = 0 < decay < 1  # else the result is the target, or the weight
+        moved = [averages.of(layer, local(target)) if rounds else local(target) for target, layer in weights.items()]
+        _lerp(moved, ends, (1 - decay) * step_taken(optimizer))
+        for (target, layer), average in zip(weights.items(), moved, strict=True):
+            averages.write(layer, local(target), average)
 
     return optimizer.register_step_post_hook(follow)
+
+
+class _Averages:
+    """The running averages in float32 of targets that are narrower; a wider one is its own."""
+
+    def __init__(self) -> None:
+        # With each, the target that it was rounded into last, and that one's version.
+        self._of: dict[MixedLayer, tuple[Tensor, weakref.ref[Tensor], int]] = {}
+
+    def let_go_of_others(self, layers: Iterable[MixedLayer]) -> None:
+        for layer in self._of.keys() - set(layers):
+            del self._of[layer]
+
+    def of(self, layer: MixedLayer, target: Tensor) -> Tensor:
+        if target.dtype.itemsize >= torch.float32.itemsize:
+            self._of.pop(layer, None)
+            return target
+        if layer in self._of:
+            average, last, version = self._of[layer]
+            average = average.to(target.device)
+            if last() is target and _version(target) == version:
+                return average
+            # Another tensor, or one that was written to: moved with the model as it is, or given by the user.
+            if average.shape == target.shape and torch.equal(average.to(target.dtype), target):
+                return average
+        return target.float()
+
+    def write(self, layer: MixedLayer, target: Tensor, average: Tensor) -> None:
+        if average is not target:
+            target.copy_(average)
+            self._of[layer] = average, weakref.ref(target), _version(target)
 
 
 def targets_state_dict(model: nn.Module) -> dict[str, Tensor]:

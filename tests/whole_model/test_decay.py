@@ -196,18 +196,77 @@ def test_targets_follow_their_weights(device, decay, dtype):
     mk.apply_mixout(model, p=0.5, target_dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     mk.track_targets(optimizer, model, decay)
+    average = model.body.target.float()
     for _ in range(3):
         before = model.body.target.clone()
         optimizer.zero_grad()
         model(models.random_input(device=device)).square().mean().backward()
         optimizer.step()
-        assert_lerp(model.body.target, before, model.body.weight.detach(), 1 - decay)
+        if dtype is None:
+            assert_lerp(model.body.target, before, model.body.weight.detach(), 1 - decay)
+        else:
+            average.lerp_(model.body.weight.detach(), 1 - decay)
+            assert torch.equal(model.body.target, average.to(dtype))
         if decay == 1:
             assert torch.equal(model.body.target, before)
         elif decay == 0:
             assert torch.equal(model.body.target, model.body.weight.to(before.dtype))
         else:
             assert not torch.equal(model.body.target, before)
+
+
+def narrow_and_tracked(decay, dtype=torch.bfloat16):
+    """A target of ones, and a weight of twos that stays."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    nn.init.ones_(model[0].weight)
+    mk.apply_mixout(model, p=0.5, target_dtype=dtype)
+    nn.init.constant_(model[0].weight, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.track_targets(optimizer, model, decay)
+    model[0].weight.grad = torch.zeros(4, 4)
+    return model[0], optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_target_follows_slowly(dtype):
+    """Each step is less than the target's dtype resolves; what has added up is not."""
+    layer, optimizer = narrow_and_tracked(0.999, dtype)
+    optimizer.step()
+    assert layer.target.dtype == dtype
+    assert (layer.target - 1).abs().max() <= 0.001
+    for _ in range(999):
+        optimizer.step()
+    expected = torch.full((4, 4), 2 - 0.999**1000)
+    assert torch.allclose(layer.target.float(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("how", ["another", "in place", "moved"])
+def test_a_narrow_target_that_was_replaced(how):
+    """The average goes on from another value, and goes on as it was with the model that is moved."""
+    layer, optimizer = narrow_and_tracked(0.9985)
+    optimizer.step()  # the average is 1.0015, which is rounded to 1
+    if how == "another":
+        layer.target = torch.full_like(layer.target, 1.5)
+    elif how == "in place":
+        layer.target.fill_(1.5)
+    else:
+        layer.target = layer.target.clone()
+    optimizer.step()
+    optimizer.step()
+    # 1.0045 is nearer to 1.0078 than to 1, and 1.003, as without the first step, nearer to 1. So is 1.5015 to 1.5.
+    assert layer.target.unique().tolist() == ([1.0078125] if how == "moved" else [1.5])
+
+
+def test_the_average_of_a_layer_that_is_no_longer_mixed_is_let_go(monkeypatch):
+    kept = []
+    averages = targets._Averages
+    monkeypatch.setattr(targets, "_Averages", lambda: kept.append(averages()) or kept[-1])
+    layer, optimizer = narrow_and_tracked(0.9)
+    optimizer.step()
+    average = weakref.ref(kept[0]._of[layer][0])
+    mk.remove_mixout(layer)
+    optimizer.step()
+    assert average() is None
 
 
 def test_a_shared_target_moves_once_a_step():
