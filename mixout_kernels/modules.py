@@ -365,6 +365,11 @@ def mixed_class(plain: type[nn.Module]) -> type[MixedLayer]:
     return _mixed_classes[plain]
 
 
+def taken_names(module: nn.Module) -> list[str]:
+    """Attributes of a plain layer's own under names that a mixed layer needs, and ``to_plain`` takes away."""
+    return [name for name in _SETTINGS if name in module.__dict__]
+
+
 def to_mixed(
     module: nn.Module,
     *,
@@ -376,6 +381,11 @@ def to_mixed(
 ) -> None:
     """Gives a plain layer mixout, in place: its class changes; the object, its Parameters and its hooks stay."""
     plain, mixed = type(module), mixed_class(type(module))
+    if taken := taken_names(module):
+        raise TypeError(
+            f"{mixed.__name__}: linear: expected a layer without attributes named as its settings, got a "
+            f"{plain.__name__} with {', '.join(taken)}"
+        )
     weight: Any = module.weight
     checks.mixout(mixed.__name__, weight, _beside(weight, target), p, mask, grad_p, rescale)
     _rebind(module, plain, mixed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import checks
 from .dropout_rates import rates_of
 from .evidence import own_patterns
-from .modules import MixedLayer, forward_reaches_class, is_conv1d
+from .modules import MixedLayer, forward_reaches_class, is_conv1d, taken_names
 from .patterns import Rates, each_must_match, matches, patterns
 
 Policy = Literal["linear", "after-dropout"]
@@ -145,6 +145,8 @@ def reason_of_class(
     if not plain and not allowed(cls):
         own = "with a forward of its own" if cls.forward is not nn.Linear.forward else "on request: subclasses=True"
         return f"{cls.__name__} is a subclass of Linear ({own})"
+    if not isinstance(module, MixedLayer) and (taken := taken_names(module)):
+        return f"{cls.__name__} has attributes of its own that a mixed layer needs: {', '.join(taken)}"
     if not module.weight.is_floating_point():  # type: ignore[operator]
         return f"its weight is {module.weight.dtype}"
     if not forward_reaches_class(module):

@@ -191,6 +191,23 @@ def test_subclasses_that_add_no_forward_are_mixed_on_request():
     assert type(model[0]) is Scaled
 
 
+def test_a_subclass_with_a_mask_of_its_own_is_left_alone():
+    """to_plain could not tell it from the layer's, and would take it away."""
+
+    class Masked(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.mask = "its own"
+
+    model = nn.Sequential(Masked(16, 16), nn.Linear(16, 16))
+    report = mk.apply_mixout(model, p=0.5, subclasses=True)
+    assert report.skipped == {"0": "Masked has attributes of its own that a mixed layer needs: mask"}
+    with pytest.raises(TypeError, match="expected a layer without attributes named as its settings, got a Masked with"):
+        mk.MixLinear.from_linear(model[0], p=0.5)
+    mk.remove_mixout(model)
+    assert model[0].mask == "its own"
+
+
 def test_listed_subclasses_are_mixed_whatever_their_forward():
     model = nn.Sequential(Scaled(16, 16), Doubled(16, 16))
     report = mk.apply_mixout(model, p=0.5, subclasses=[Doubled])
