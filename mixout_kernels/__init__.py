@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import reference
 from .backends import kernels
 from .convert import apply_mixout, remove_mixout
+from .decay import decay_to_target
 from .divergence import symmetric_kl
 from .evidence import DEFAULT_HEADS
 from .fisher import fisher, top_entries
@@ -17,7 +18,7 @@ from .modules import MixConv1D, MixLinear
 from .r3f import apply_r3f, r3f_loss
 from .report import Report
 from .sampler import MixSampler
-from .targets import decay_to_target, targets_state_dict, track_targets
+from .targets import targets_state_dict, track_targets
 
 if TYPE_CHECKING:
     from .distributed import KeptColumns as KeptColumns

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mixout_kernels as mk
-from mixout_kernels import targets
+from mixout_kernels import decay, targets
 
 from .. import budget
 from . import models
@@ -551,8 +551,8 @@ def test_gradual_unfreezing(how, from_elsewhere, monkeypatch):
         with torch.no_grad():
             model.body.weight.add_(3)
     copied = []
-    copy_of = targets.frozen_copy
-    monkeypatch.setattr(targets, "frozen_copy", lambda weight: copied.append(weight.shape) or copy_of(weight))
+    copy_of = decay.frozen_copy
+    monkeypatch.setattr(decay, "frozen_copy", lambda weight: copied.append(weight.shape) or copy_of(weight))
     model.body.requires_grad_(how == "added")
     optimizer = torch.optim.SGD(model.norm.parameters() if how == "added" else model.parameters(), lr=0.5)
     mk.decay_to_target(optimizer, model, DECAY, targets=pretrained if from_elsewhere else None)
@@ -625,12 +625,29 @@ def test_parameters_that_were_replaced_in_the_model_alone():
         optimizer.step()
 
 
+def test_what_has_no_gradient_stands_still():
+    """As under torch's own decay, which apply_graddrop counts on for a block that is off."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    mk.decay_to_target(optimizer, model, DECAY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    zero_gradients(model)
+    model.body.weight.grad = None
+    before = values_of(model)
+    optimizer.step()
+    assert torch.equal(model.body.weight, before["body.weight"])
+    assert not torch.equal(model.body.bias, before["body.bias"])
+
+
 def test_a_model_that_was_resized():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     mk.decay_to_target(optimizer, model, DECAY)
     model.body.weight = nn.Parameter(torch.zeros(3, models.IN))
     optimizer.param_groups[0]["params"] = list(model.parameters())
+    zero_gradients(model)
     with pytest.raises(
         TypeError, match=r"^decay_to_target: model: expected 'body.weight' .* \[48, 48\], got a Param.* \[3"
     ):
