@@ -51,7 +51,8 @@ def r3f_loss(
         ValueError, TypeError: for arguments that do not fit, or if the model has R3F by :func:`apply_r3f` already.
     """
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get("labels"), Tensor):
-        raise TypeError(f"r3f_loss: inputs: expected a mapping with labels, got a {type(inputs).__name__}")
+        got = f"the keys {list(inputs)}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+        raise TypeError(f"r3f_loss: inputs: expected a mapping with a tensor of labels, got {got}")
     with R3F(model, "r3f_loss", eps, weight, noise, detach, training_only=False):
         if (reason := _no_distribution(model, inputs["labels"])) is not None:
             raise TypeError(

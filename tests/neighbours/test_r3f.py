@@ -398,5 +398,7 @@ def test_models_that_do_not_fit_raise():
         ValueError, match=r"expected outputs with a loss, and logits with one row for each of the labels"
     ):
         mk.r3f_loss(PooledAway(), inputs)
-    with pytest.raises(TypeError, match=r"r3f_loss: inputs: expected a mapping with labels, got a dict"):
+    with pytest.raises(
+        TypeError, match=r"r3f_loss: inputs: expected a mapping with a tensor of labels, got the keys \['input_ids'"
+    ):
         mk.r3f_loss(bert(), {"input_ids": inputs["x"]})
