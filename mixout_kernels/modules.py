@@ -85,7 +85,7 @@ class MixedLayer(nn.Module):
             self._check_sharded()
             target = None  # FSDP has gathered Phi; or this rank's pieces are mixed
         elif target is not None:
-            self.check_target()
+            self.check_target(weight)
             if target.device != weight.device or target.dtype != weight.dtype:
                 target = self._target_for(weight)
             target = self.matrix(target)
@@ -104,17 +104,17 @@ class MixedLayer(nn.Module):
             self.__dict__["last_call"] = LastCall(self, input, weight, target)
         return y
 
-    @property
-    def target_fits(self) -> bool:
-        """Whether the target has the weight's shape. A weight of one dimension is FSDP1's, a piece of a flat one."""
-        return self.target is None or self.weight.dim() == 1 or self.target.shape == self.weight.shape
+    def target_fits(self, weight: Tensor | None) -> bool:
+        """Whether the target has this weight's shape. One of one dimension is FSDP1's, a piece of a flat one."""
+        return self.target is None or weight is None or weight.dim() == 1 or self.target.shape == weight.shape
 
-    def check_target(self) -> None:
+    def check_target(self, weight: Tensor | None) -> None:
         """Raises for a weight that was replaced by one of another shape: kernels would read past its target's end."""
-        if not self.target_fits:
+        if not self.target_fits(weight):
             assert self.target is not None
+            assert weight is not None
             raise ValueError(
-                f"{type(self).__name__}: target: expected the weight's shape {list(self.weight.shape)}, got "
+                f"{type(self).__name__}: target: expected the weight's shape {list(weight.shape)}, got "
                 f"{list(self.target.shape)}: the weight was replaced since (by resize_token_embeddings?); call "
                 "remove_mixout before that, and apply_mixout after it"
             )
@@ -148,14 +148,16 @@ class MixedLayer(nn.Module):
         return self.target
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        without_values = self.weight.is_meta
+        # Not self.weight: a look at one that is parametrized computes it.
+        without_values = _is_meta(self._parameters.get("weight"))
         super()._apply(fn, recurse)
         if self.target is None or self.host_target:
             return self
         with torch.no_grad():
             moved = fn(self.target)
         # to_empty(), which alone leaves the meta device, would give a target any values.
-        emptied = (without_values and not self.weight.is_meta) or (self.target.is_meta and not moved.is_meta)
+        left_meta = without_values and not _is_meta(self._parameters.get("weight"))
+        emptied = left_meta or (self.target.is_meta and not moved.is_meta)
         if not emptied:
             self.__dict__["target"] = moved
         return self
@@ -186,6 +188,10 @@ class MixedLayer(nn.Module):
 
 def _check_probability(name: str) -> Callable[[MixedLayer, Any], None]:
     return lambda layer, value: checks.probability(type(layer).__name__, name, value)
+
+
+def _is_meta(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_meta
 
 
 def _as_tensor(target: Any) -> Any:

@@ -67,7 +67,11 @@ class Report:
         does not fit then. The model may be wrapped by now (torch.compile, DDP).
         """
         named = model.named_modules(remove_duplicate=False)
-        mixed = {unwrapped(name) for name, m in named if isinstance(m, MixedLayer) and m.target_fits}
+        mixed = {
+            unwrapped(name)
+            for name, m in named
+            if isinstance(m, MixedLayer) and m.target_fits(m._parameters.get("weight"))
+        }
         lost = [name for name in self.mixed if unwrapped(name) not in mixed]
         if lost:
             raise ValueError(

@@ -114,6 +114,29 @@ def test_a_target_that_is_a_parameter_is_taken_as_a_tensor():
         assert set(dict(layer.named_parameters())) == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("sampled", [False, True], ids=["", "sampler"])
+def test_a_parametrized_weight_is_computed_once_a_forward_and_never_by_a_move(sampled):
+    """As in nn.Linear: spectral_norm takes a step of its power iteration each time."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counted.calls += 1
+            return weight
+
+    model = nn.Sequential(mk.MixLinear.from_linear(linear_of(), p=0.5))
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Counted(), unsafe=True)
+    if sampled:
+        mk.MixSampler(model)
+    for _ in range(3):
+        Counted.calls = 0
+        model(torch.randn(2, 20))
+        assert Counted.calls == 1
+    model.float()
+    assert Counted.calls == 1
+
+
 def test_target_is_not_trained(device):
     module = mk.MixLinear.from_linear(linear_of(device), p=0.5)
     target = module.target.clone()

@@ -66,7 +66,7 @@ class Phi:
         """
         weight, target = self._tensors()
         assert weight is not None
-        self.layer.check_target()
+        self.layer.check_target(weight)
         self.dtype, self.kernels, self.made_by, self._number = dtype, kernels, draw, None
         self._snapshot = snapshot(weight, target)
         backend = "reference"

@@ -305,7 +305,7 @@ def _check_arguments(model: nn.Module, every: float, premix: bool | None, host_t
 def _check_targets(layers: Mapping[str, MixedLayer]) -> None:
     for name, layer in layers.items():
         try:
-            layer.check_target()
+            layer.check_target(layer._parameters.get("weight"))
         except ValueError as error:
             raise ValueError(f"MixSampler: model: {name}: {error}") from None
 
