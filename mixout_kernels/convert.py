@@ -185,7 +185,7 @@ def remove_mixout(model: nn.Module) -> None:
             layer.p = 0.0
         else:
             to_plain(layer)
-    dropout_rates.restore(model)
+    dropout_rates.undo(model, "mixout")
 
 
 def _attends_by_sdpa_on_cpu(model: nn.Module) -> bool:

@@ -62,9 +62,7 @@ def change(module: nn.Module, attribute: str, value: Any, by: Owner) -> None:
 
 
 def has_changes(model: nn.Module, by: Owner) -> bool:
-    return any(
-        change.by == by for m in model.modules() for made in m.__dict__.get(_CHANGES, {}).values() for change in made
-    )
+    return any(one.by == by for m in model.modules() for made in m.__dict__.get(_CHANGES, {}).values() for one in made)
 
 
 def undo(model: nn.Module, by: Owner) -> None:
@@ -72,7 +70,7 @@ def undo(model: nn.Module, by: Owner) -> None:
     for module in model.modules():
         changes = module.__dict__.get(_CHANGES, {})
         for attribute, made in list(changes.items()):
-            place = next((place for place, change in enumerate(made) if change.by == by), None)
+            place = next((place for place, one in enumerate(made) if one.by == by), None)
             if place is None:
                 continue
             gone = made.pop(place)
@@ -87,7 +85,7 @@ def undo(model: nn.Module, by: Owner) -> None:
 
 
 def disable(model: nn.Module, mixed: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Sets every rate to 0; says what was set, and what goes on, each by the module's name.
+    """Sets every rate to 0; says what was set, and what goes on, each by the module's name. ``undo`` ends it.
 
     The dropouts of an adapter go on unless its layers are among the ``mixed`` ones.
     """
@@ -103,11 +101,6 @@ def disable(model: nn.Module, mixed: Iterable[str]) -> tuple[dict[str, str], dic
             _set_to_zero(module, rates)
             changed[name] = ", ".join(f"{attribute} {rate} -> 0" for attribute, rate in rates.items())
     return changed, left
-
-
-def restore(model: nn.Module) -> None:
-    """Undoes :func:`disable`."""
-    undo(model, "mixout")
 
 
 def _set_to_zero(module: nn.Module, rates: dict[str, Any]) -> None:

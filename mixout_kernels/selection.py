@@ -147,8 +147,8 @@ def reason_of_class(
         return f"{cls.__name__} is a subclass of Linear ({own})"
     if not isinstance(module, MixedLayer) and (taken := taken_names(module)):
         return f"{cls.__name__} has attributes of its own that a mixed layer needs: {', '.join(taken)}"
-    if not module.weight.is_floating_point():  # type: ignore[operator]
-        return f"its weight is {module.weight.dtype}"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
     if not forward_reaches_class(module):
         return "its forward was replaced on the instance, by one that goes on to the plain layer's"
     return None
