@@ -322,20 +322,22 @@ def test_the_sampler_mixes_the_final_weight_and_target_of_the_step(name, sampler
         assert torch.equal(model.body.slot.mixed, expected)
 
 
-def test_decay_pulls_to_the_target_before_it_moves():
+def pulled_and_followed(tracking):
+    """A mixed model, and an optimizer with both hooks."""
     model = Net()
     mk.apply_mixout(model, p=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     mk.decay_to_target(optimizer, model, DECAY)
-    mk.track_targets(optimizer, model, 0.9)
-    with torch.no_grad():
-        model.body.weight.add_(1)
-    weight, target = model.body.weight.detach().clone(), model.body.target.clone()
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    assert_lerp(model.body.weight.detach(), weight, target, 0.5 * DECAY)
-    assert_lerp(model.body.target, target, model.body.weight.detach(), 0.1)
+    mk.track_targets(optimizer, model, tracking)
+    return model, optimizer
+
+
+def test_decay_pulls_to_the_target_before_it_moves():
+    model, optimizer = pulled_and_followed(0.9)
+    target = model.body.target.clone()
+    weight, before = step_from_1_away(model, optimizer)["body.weight"]
+    assert_lerp(weight, before, target, 0.5 * DECAY)
+    assert_lerp(model.body.target, target, weight, 0.1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -668,12 +670,8 @@ def test_weights_on_the_meta_device():
 @pytest.mark.parametrize("host", [True, False], ids=["host-targets", ""])
 def test_after_remove_mixout(stepped, host):
     """The pull goes on, to the last targets; those that followed are no more."""
-    model = Net()
+    model, optimizer = pulled_and_followed(0.5)
     pretrained = values_of(model)
-    mk.apply_mixout(model, p=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    mk.decay_to_target(optimizer, model, DECAY)
-    mk.track_targets(optimizer, model, 0.5)
     if host:
         mk.MixSampler(model, host_targets=True)
     if stepped:
@@ -687,11 +685,7 @@ def test_after_remove_mixout(stepped, host):
 
 def test_a_target_is_not_held_while_its_layer_is_mixed():
     """A sampler that shards targets, or moves them to the host, lets them go."""
-    model = Net()
-    mk.apply_mixout(model, p=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    mk.decay_to_target(optimizer, model, DECAY)
-    mk.track_targets(optimizer, model, 0.5)
+    model, optimizer = pulled_and_followed(0.5)
     step_from_1_away(model, optimizer)
     target = weakref.ref(model.body.target)
     model.body.target = model.body.target.clone()
